@@ -244,7 +244,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool = True, drop_path: float = 0.0):
         super().__init__()
-        rates = torch.linspace(0, drop_path, layers).tolist()
+        rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, quick_gelu, rate) for rate in rates)
         for block in self.resblocks:  # CLIP's own initialisation
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
