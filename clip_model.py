@@ -14,10 +14,11 @@ Parameter names are OpenAI's, so their files load without a key map. This file n
 """
 
 import hashlib
+import http.client
 import math
 import os
 import re
-import urllib.error
+import shutil
 import urllib.request
 import warnings
 import zipfile
@@ -508,7 +509,7 @@ def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Ar
 def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> None:
     """Fetch a file once, with a progress bar; a broken transfer goes on where it stopped.
 
-    The file appears under its own name only after its checksum was found right.
+    The file has its own name only after its checksum was found right.
     """
     if path.exists():
         return
@@ -519,20 +520,21 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             start = start if response.status == 206 else 0  # 200: the server sends the file from its beginning
-            total = start + int(response.headers.get("Content-Length", 0)) or None
-            progress = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name)
+            total = start + int(response.headers.get("Content-Length", 0))
+            if (free := shutil.disk_usage(path.parent).free) < total - start:
+                raise OSError(f"{(total - start) >> 20} MiB needed in {path.parent}, {free >> 20} MiB are free")
+            progress = tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=path.name)
             with open(part, "ab" if start else "wb") as file, progress:
                 while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    progress.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to send, the part is complete
-            raise ValueError(f"{url}: {error}; fetch it by hand and put it at {path}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url}: {error}; run again to go on, or fetch it by hand and put it at {path}") from None
+                    progress.update(file.write(chunk))
+        if part.stat().st_size < total:
+            raise OSError(f"ended at {part.stat().st_size} of {total} bytes")
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) != 416:  # 416: nothing is left to send, the part is complete
+            raise OSError(f"{url}: {error}; run again to go on, or fetch it by hand and save it as {path}") from None
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, algorithm).hexdigest()
     if found != checksum:
         part.unlink()
-        raise ValueError(f"{url}: {algorithm} is {found}, expected {checksum}; the file was removed, run again")
+        raise ValueError(f"{url}: {algorithm} {found}, expected {checksum}; the file was removed, run again")
     os.replace(part, path)

@@ -140,7 +140,7 @@ def test_contexts_stand_behind_the_start_token():
     [
         (lambda w: w.pop("ln_final.bias"), "text.ln_final.bias is missing"),
         (lambda w: w.update({"extra.weight": torch.zeros(1)}), "text.extra.weight is not part of the model"),
-        (lambda w: w.update({"visual.bn1.bias": torch.zeros(3)}), r"visual.bn1.bias is \(3,\) where \(8,\) was expected"),
+        (lambda w: w.update({"visual.bn1.bias": torch.zeros(3)}), r"visual.bn1.bias is \(3,\) where \(8,\) was"),
         (lambda w: w.pop("visual.layer1.0.conv1.weight"), "not CLIP's weights"),
         (lambda w: w.update({"epoch": 3}), "expected a state dict"),
     ],
@@ -212,7 +212,7 @@ def test_named_weights_are_downloaded_once_and_checked(server, tmp_path, monkeyp
 
     (cache / "RN50.pt").unlink()
     (folder / "RN50.pt").write_bytes(data[:-1] + b"?")
-    with pytest.raises(ValueError, match="sha256 is .* expected"):
+    with pytest.raises(ValueError, match="sha256 .* expected"):
         load_clip("RN50", cache=str(cache))
     assert not list(cache.iterdir())
 
