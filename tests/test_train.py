@@ -1,0 +1,356 @@
+"""train.py keeps the README's promises: the released recipe's parameter groups and schedule, runs that resume bit for
+bit, batches divided over processes, one-line errors, and a demo that anyone can start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+import train as training
+from data import EvalTransform, SegmentationDataset, TrainTransform, read_classes
+from denseclip import build_model, load_checkpoint, read_checkpoint
+from train import Recipe, learning_rate, parameter_groups, train
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["wall", "sky", "tree", "road"]
+SMALL = Recipe(iterations=6, batch_size=4, lr=1e-3, warmup=2, seed=3, short_side=64)
+
+
+def make_folders(root, count, seed):
+    """`count` images of blocks whose colour says their class, and their masks."""
+    random = np.random.default_rng(seed)
+    colours = np.array([(200, 50, 50), (50, 200, 50), (50, 50, 200), (200, 200, 50)])
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+    for i in range(count):
+        mask = random.integers(0, 4, (6, 8)).repeat(16, 0).repeat(16, 1)
+        image = (colours[mask] + random.normal(0, 20, (*mask.shape, 3))).clip(0, 255)
+        mask[random.random(mask.shape) < 0.05] = 255
+        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{i}.png")
+        Image.fromarray(mask.astype(np.uint8)).save(root / "masks" / f"{i}.png")
+    return str(root / "images"), str(root / "masks")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    (root / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    return {"train": make_folders(root / "train", 7, 0), "val": make_folders(root / "val", 2, 1),
+            "classes": str(root / "classes.txt")}
+
+
+def small_run(folders, out, recipe=SMALL, model=None, **options):
+    """train() on the tiny model: six iterations of 64-pixel crops, with augmentation, shuffling and dropout."""
+    torch.manual_seed(recipe.seed)
+    model = model or build_model("tiny", NAMES, crop_size=64)
+    train_set = SegmentationDataset(*folders["train"], len(NAMES), TrainTransform(64, (2048, recipe.short_side)))
+    val_set = SegmentationDataset(*folders["val"], len(NAMES), EvalTransform(None))
+    out.mkdir(exist_ok=True)
+    options = {"workers": 0, "eval_every": 1_000, "log_every": 2, **options}
+    return train(model, train_set, val_set, recipe, out, torch.device("cpu"), **options)
+
+
+def arguments(folders, out, *more):
+    return ["--model", "tiny", "--train", *folders["train"], "--val", *folders["val"], "--classes", folders["classes"],
+            "--iterations", "4", "--batch-size", "4", "--lr", "1e-3", "--warmup", "2", "--crop-size", "64",
+            "--log-every", "2", "--eval-every", "2", "--workers", "0", "--device", "cpu", "--out", str(out), *more]
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------------ recipe
+
+
+def test_parameter_groups_are_the_released_ones():
+    with torch.device("meta"):  # the released text encoder keeps 13 of CLIP's 77 positions
+        model = build_model("rn50", read_classes("ade20k")[0], context_length=13)
+    groups = {group["name"]: group for group in parameter_groups(model, 1e-4, 1e-4, 0.1)}
+    sizes = {name: (len(g["params"]), sum(p.numel() for p in g["params"])) for name, g in groups.items()}
+    assert sizes == {"backbone": (174, 38_740_832), "norm": (18, 4_608), "rest": (97, 11_502_998)}
+    assert [groups[name]["lr"] for name in ("backbone", "norm", "rest")] == [pytest.approx(1e-5), 1e-4, 1e-4]
+    assert [groups[name]["weight_decay"] for name in ("backbone", "norm", "rest")] == [1e-4, 0, 1e-4]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert (len(frozen), sum(p.numel() for p in frozen)) == (149, 63_657_472)
+
+
+def test_learning_rates_are_the_released_ones():
+    for iteration, rate in [(0, 1e-10), (100, 6.65933e-6), (749, 4.95166e-5), (1499, 9.82634e-5), (1500, 9.83278e-5),
+                            (40_000, 5.40528e-5), (79_999, 1.00383e-6)]:
+        assert learning_rate(iteration, 1e-4, 80_000, 1_500) == pytest.approx(rate, rel=1e-5)
+    assert learning_rate(1_500, 1e-5, 80_000, 1_500) == pytest.approx(9.84798e-6, rel=1e-5)
+    assert learning_rate(79_999, 1e-5, 80_000, 1_500) == pytest.approx(1.00035e-6, rel=1e-5)
+    assert learning_rate(0, 1e-4, 10, 0) == pytest.approx(1e-4)
+
+
+def test_defaults_are_the_papers_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args = training.parse_arguments()
+    assert (args.model, args.iterations, args.batch_size, args.lr, args.weight_decay, args.backbone_lr_multiplier,
+            args.warmup, args.clip_grad, args.precision) == ("rn50", 80_000, 32, 1e-4, 1e-4, 0.1, 1_500, 0, "fp32")
+    assert Recipe() == Recipe(80_000, 32, 1e-4, 1e-4, 0.1, 1_500, 0.0, "fp32", 0, 512)
+
+
+# -------------------------------------------------------------------------------------------------------- loop
+
+
+def test_a_run_writes_log_and_checkpoints(folders, tmp_path):
+    metrics = small_run(folders, tmp_path, eval_every=3)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    logged = [record for record in records if "lr" in record]
+    assert [record["iteration"] for record in logged] == [2, 4, 6]
+    assert list(logged[0]) == ["iteration", "total", "loss", "aux_loss", "lr", "images_per_second", "memory_mb",
+                               "eta_seconds"]
+    assert logged[0]["total"] == pytest.approx(logged[0]["loss"] + logged[0]["aux_loss"])
+    assert logged[1]["lr"] == pytest.approx(learning_rate(3, 1e-3, 6, 2))
+    assert [record["iteration"] for record in records if "miou" in record] == [3, 6]
+
+    last, best = read_checkpoint(tmp_path / "last.pt"), read_checkpoint(tmp_path / "best.pt")
+    assert last["iteration"] == 6 and last["class_names"] == NAMES and last["name"] == "tiny"
+    assert best["best"] == last["best"]
+    assert round(last["best"], 4) == max(record["miou"] for record in records if "miou" in record)
+    assert "optimizer" in last and "optimizer" not in best
+    assert round(metrics["miou"], 4) == records[-1]["miou"]
+    assert load_checkpoint(tmp_path / "best.pt").crop_size == 64
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_frozen_text_encoder_stays_and_the_rest_moves(folders, tmp_path):
+    torch.manual_seed(SMALL.seed)
+    before = {name: value.clone() for name, value in build_model("tiny", NAMES, crop_size=64).named_parameters()}
+    small_run(folders, tmp_path)
+    after = dict(load_checkpoint(tmp_path / "last.pt").named_parameters())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".text_encoder." not in name}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(folders, tmp_path, workers):
+    """Six iterations are three, a stop, and three more: weights, optimiser and random states bit for bit."""
+    small_run(folders, tmp_path / "whole", workers=workers)
+
+    class Stop(Exception):
+        pass
+
+    torch.manual_seed(SMALL.seed)
+    model, calls = build_model("tiny", NAMES, crop_size=64), []
+
+    def stop(module, inputs):
+        if module.training:
+            calls.append(1)
+            if len(calls) == 4:
+                raise Stop
+
+    model.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        small_run(folders, tmp_path / "parts", model=model, workers=workers, save_every=3)
+    assert read_checkpoint(tmp_path / "parts" / "last.pt")["iteration"] == 3
+    torch.manual_seed(99)  # whatever the new process has drawn before
+    small_run(folders, tmp_path / "parts", workers=2 - workers, resume=tmp_path / "parts" / "last.pt")
+
+    whole, parts = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert whole["iteration"] == parts["iteration"] == 6
+    assert whole.keys() == parts.keys()
+    assert all(same(whole[key], parts[key]) for key in whole)
+
+
+def test_accumulation_divides_the_batch(folders, tmp_path):
+    """Two steps of two images give the gradient of four, where no layer looks across images (BatchNorm does)."""
+    momenta = []
+    for accumulate in (1, 2, 4):
+        torch.manual_seed(0)
+        model, seen = build_model("tiny", NAMES, crop_size=64), []
+        model.train = lambda mode=True, model=model: torch.nn.Module.train(model, False)  # fixed statistics, no dropout
+        model.neck.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(len(inputs[0][0])))
+        recipe = Recipe(iterations=2, batch_size=4, warmup=0, seed=1, short_side=64)
+        small_run(folders, tmp_path / str(accumulate), recipe, model, accumulate=accumulate)
+        assert seen[: 2 * accumulate] == [4 // accumulate] * (2 * accumulate)
+        state = read_checkpoint(tmp_path / str(accumulate) / "last.pt")["optimizer"]["state"]
+        momenta.append(torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)]))
+    assert momenta[0].norm() > 0
+    for other in momenta[1:]:
+        assert (other - momenta[0]).norm() < 1e-3 * momenta[0].norm()
+
+
+def test_two_processes_see_the_batch_of_one(folders, tmp_path):
+    """torchrun on two CPU processes: halves of the same batches, one log, one checkpoint."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "train.py"), *arguments(folders, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert records[0]["processes"] == 2 and [r["iteration"] for r in records[1:] if "lr" in r] == [2, 4]
+    last = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["iteration"] == 4 and len(last["random_states"]) == 2
+    assert not same(*last["random_states"])  # different dropout in each
+
+    sampler = training.IterationSampler
+    whole = iter(sampler(7, seed=0))
+    ranks = [iter(sampler(7, seed=0, rank=rank, world=2)) for rank in range(2)]
+    for _ in range(10):
+        assert {next(whole) for _ in range(4)} == {next(rank) for rank in ranks for _ in range(2)}
+
+
+def test_bf16_trains(folders, tmp_path):
+    small_run(folders, tmp_path, Recipe(iterations=2, batch_size=2, warmup=0, precision="bf16", short_side=64))
+    assert all(p.dtype == torch.float32 for p in load_checkpoint(tmp_path / "last.pt").parameters())
+
+
+def test_a_small_set_is_learnt(folders, tmp_path):
+    recipe = Recipe(iterations=60, batch_size=4, lr=2e-3, backbone_lr_multiplier=1.0, warmup=5, short_side=64)
+    assert small_run(folders, tmp_path, recipe)["miou"] > 60
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def fails(capsys, monkeypatch, *arguments):
+    """The one line that train.py ends with, having exited with status 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        training.run_script(training.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert error.count("\n") == 1 and error.startswith("error: "), error
+    return error
+
+
+def test_non_finite_loss_stops_and_names_the_files(folders, tmp_path, capsys, monkeypatch):
+    small_run(folders, tmp_path, SMALL)
+    before = (tmp_path / "last.pt").read_bytes()
+    torch.manual_seed(0)
+    model = build_model("tiny", NAMES, crop_size=64)
+    model.decode_head.conv_seg.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) at iteration 0.*\d\.png"):
+        small_run(folders, tmp_path, model=model)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+    monkeypatch.setattr(training, "build_model", lambda *a, **k: model)
+    assert "iteration 0" in fails(capsys, monkeypatch, *arguments(folders, tmp_path / "cli"))
+    assert not (tmp_path / "cli" / "last.pt").exists()
+
+
+def test_broken_weights_are_not_saved(folders, tmp_path):
+    model = build_model("tiny", NAMES)
+    model.encoder.gamma.data[0] = torch.nan
+    with pytest.raises(ValueError, match="encoder.gamma is not finite"):
+        training.save(tmp_path / "last.pt", model, 0, iteration=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_refuses_another_run(folders, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folders, out)])
+    training.main()
+    before = (out / "last.pt").read_bytes()
+    (tmp_path / "other.txt").write_text("wall\nsky\nbush\nroad\n")
+    for options, words in [
+        (["--iterations", "8"], ["iterations 4 there, 8 here"]),
+        (["--lr", "1e-2", "--batch-size", "2"], ["lr 0.001 there, 0.01 here", "batch_size 4 there, 2 here"]),
+        (["--model", "tiny_vit"], ["model 'tiny' there, 'tiny_vit' here"]),
+        (["--crop-size", "96"], ["crop_size 64 there, 96 here"]),
+        (["--classes", str(tmp_path / "other.txt")], ["classes", "'tree'", "'bush'"]),
+        (["--train", *folders["val"]], ["images 7 there, 2 here"]),
+    ]:
+        error = fails(capsys, monkeypatch, *arguments(folders, out, "--resume", *options))
+        assert "last.pt" in error and all(word in error for word in words), error
+    assert "optimiser" in fails(capsys, monkeypatch, *arguments(folders, out, "--resume", str(out / "best.pt")))
+    assert "already holds a run" in fails(capsys, monkeypatch, *arguments(folders, out))
+    assert "last.pt" in fails(capsys, monkeypatch, *arguments(folders, tmp_path / "new", "--resume"))
+    assert (out / "last.pt").read_bytes() == before and not (tmp_path / "new").exists()
+
+
+def test_mistakes_end_in_one_line_and_status_2(folders, tmp_path, capsys, monkeypatch):
+    images, masks = folders["train"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.pt").write_bytes(b"no weights")
+    (tmp_path / "doubled.txt").write_text("wall\nsky\ntree\nwall\n")
+    (tmp_path / "short.txt").write_text("wall\nsky\ntree\n")
+    resized = tmp_path / "resized"
+    resized.mkdir()
+    for path in Path(masks).iterdir():
+        Image.open(path).resize((40, 40), Image.Resampling.NEAREST).save(resized / path.name)
+    for options, words in [
+        (["--train", tmp_path / "none", masks], ["none"]),
+        (["--train", tmp_path / "empty", masks], ["empty"]),
+        (["--train", images, resized], ["resized", "40 x 40"]),
+        (["--train", images, resized, "--workers", 1], ["resized", "40 x 40"]),
+        (["--classes", tmp_path / "doubled.txt"], ["doubled.txt:4", "'wall'"]),
+        (["--classes", tmp_path / "short.txt"], [".png", "3"]),
+        (["--classes", "cityskapes"], ["cityskapes", "cityscapes"]),
+        (["--clip", tmp_path / "weights.pt"], ["weights.pt"]),
+        (["--accumulate", 3], ["--batch-size 4", "--accumulate 3"]),
+        (["--iterations", 0], ["--iterations"]),
+        (["--device", "cuda:7"], ["cuda:7"]),
+    ]:
+        if options[0] == "--device" and torch.cuda.is_available():
+            continue
+        error = fails(capsys, monkeypatch, *arguments(folders, tmp_path / "run", *options))
+        assert all(word in error for word in words), error
+    monkeypatch.chdir(tmp_path)
+    assert "python data.py" in fails(capsys, monkeypatch, "--device", "cpu", "--clip", "none", "--model", "tiny")
+
+
+def test_interrupt_says_how_to_go_on(folders, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(folders, tmp_path / "run", "--iterations", "100000")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error, error
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["iteration"] % 2 == 0
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_works_anywhere(script, tmp_path):
+    nowhere = {"HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, **nowhere}, timeout=60)
+    assert done.returncode == 0 and "--device" in done.stdout and not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------- demo
+
+
+def test_drawings_are_the_same_every_time(tmp_path):
+    for name in ("a", "b"):
+        demo.draw_dataset(tmp_path / name, train=6, val=2)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 17  # 8 images, 8 masks, the class list
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    masks = [np.asarray(Image.open(path)) for path in (tmp_path / "a").rglob("drawing_*.png")]
+    assert {0, len(demo.CLASSES)} <= set(np.unique(np.concatenate([mask.ravel() for mask in masks])))
+    assert all(mask.max() <= len(demo.CLASSES) for mask in masks)
+
+
+def test_demo_runs_and_leaves_pictures(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "demo"
+    monkeypatch.setattr(demo, "draw_dataset", lambda root, draw=demo.draw_dataset: draw(root, train=16, val=9))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--demo", "--iterations", "2", "--batch-size", "2", "--workers", "0",
+                                      "--device", "cpu", "--out", str(out)])
+    training.main()
+    training.main()  # a second demo may take the place of the first
+    printed = capsys.readouterr().out
+    pictures = list((out / "pictures").iterdir())
+    assert len(pictures) == 8 and all(Image.open(path).width > 1000 for path in pictures)
+    assert "python eval.py --checkpoint" in printed and str(out / "pictures") in printed

@@ -1,0 +1,457 @@
+"""Train DenseCLIP. The defaults are the paper's run: CLIP ResNet-50, Semantic FPN, ADE20K, 80,000 iterations.
+
+    python train.py --demo                                                # draws its data; two minutes on a laptop
+    python train.py --data data/ADEChallengeData2016 --out runs/rn50      # one GPU (--accumulate 4 if memory is short)
+    torchrun --standalone --nproc_per_node 8 train.py --out runs/rn50     # eight GPUs, the same global batch
+    python train.py --model tiny --train IMAGES MASKS --val IMAGES MASKS --classes LIST --out runs/mine
+    ... --resume                                                          # go on from last.pt, exactly
+
+Writes into --out: last.pt (to resume from), best.pt (highest validation mIoU; eval.py needs nothing else),
+log.jsonl (one JSON object a line; the first has the command, the versions and the seed) and, where TensorBoard is
+installed, its event files.
+"""
+
+import argparse
+import contextlib
+import inspect
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from clip_model import ARCHITECTURES
+from data import EvalTransform, IterationSampler, SegmentationDataset, TrainTransform, find_split, read_classes
+from denseclip import (
+    HEADS,
+    PRESETS,
+    PROMPTING,
+    build_encoder,
+    build_model,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from eval import check_classes, evaluate, format_table, is_ade20k, run_script, start_process, to_json
+
+
+@dataclass
+class Recipe:
+    """What decides the trained weights, with the paper's values; a checkpoint carries it, --resume insists on it."""
+
+    iterations: int = 80_000
+    batch_size: int = 32  # images an iteration, over all processes and accumulation steps
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    backbone_lr_multiplier: float = 0.1
+    warmup: int = 1_500  # iterations
+    clip_grad: float = 0.0  # largest gradient norm, 0: no clipping
+    precision: str = "fp32"
+    seed: int = 0
+    short_side: int = 512  # pixels; images are resized to fit (2048, short_side), in training times U(0.5, 2)
+    text_lr_multiplier: float = 0.0  # 0: the text encoder is frozen
+
+
+# ---------------------------------------------------------------------------------------------- optimisation
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, backbone_lr_multiplier: float, text_lr_multiplier: float = 0.0
+) -> list[dict]:
+    """Groups for AdamW: the image encoder learns slower, the context decoder's norms do not decay.
+
+    Released code: the longest matching key decides, so a norm inside the backbone is "backbone" and does decay, and
+    "norm" is found in the names of the context decoder's norm1..3 only. Frozen weights are in no group.
+    """
+    groups = {
+        "backbone": {"params": [], "base_lr": lr * backbone_lr_multiplier, "weight_decay": weight_decay},
+        "text_encoder": {"params": [], "base_lr": lr * text_lr_multiplier, "weight_decay": weight_decay},
+        "norm": {"params": [], "base_lr": lr, "weight_decay": 0.0},
+        "rest": {"params": [], "base_lr": lr, "weight_decay": weight_decay},
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = next((key for key in groups if key in name), "rest")
+            groups[key]["params"].append(parameter)
+    return [{"name": key, "lr": group["base_lr"], **group} for key, group in groups.items() if group["params"]]
+
+
+def learning_rate(iteration: int, base: float, total: int, warmup: int, minimum: float = 1e-6) -> float:
+    """Polynomial decay with power 0.9 to `minimum`, times a linear warm-up from 1e-6 of it; `iteration` from 0."""
+    rate = (base - minimum) * (1 - iteration / total) ** 0.9 + minimum
+    if iteration < warmup:
+        rate *= 1 - (1 - iteration / warmup) * (1 - 1e-6)
+    return rate
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """This process's random state: dropout draws from it. (Every sample has a seed of its own, from the sampler.)"""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def gather(value: object) -> list:
+    """One object of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_resume(path: Path, checkpoint: dict, model: nn.Module, recipe: Recipe, images: int) -> None:
+    """A run goes on only as the run it was: same model, classes, recipe and data."""
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{path} holds no optimiser state; --resume needs the last.pt that train.py wrote")
+    check_classes(path, checkpoint["class_names"], "--classes", model.class_names)
+    there = {"model": checkpoint["name"], **checkpoint["settings"], **checkpoint["arguments"]}
+    here = {"model": model.name, **model.settings, **asdict(recipe), "images": images}
+    differences = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+                   for key in here | there if there.get(key) != here.get(key)]
+    if differences:
+        raise ValueError(f"{path} belongs to another run: {'; '.join(differences)}; "
+                         "repeat that run's options, or start a new run in another --out")
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+
+def train(
+    model: nn.Module,
+    train_set: SegmentationDataset,
+    val_set: SegmentationDataset,
+    recipe: Recipe,
+    out: Path,
+    device: torch.device,
+    *,
+    accumulate: int = 1,
+    workers: int = 4,
+    eval_every: int = 8_000,
+    save_every: int = 1_000,
+    log_every: int = 50,
+    resume: Path | None = None,
+) -> dict:
+    """Train `model` by `recipe`, writing checkpoints and the log into `out`; returns the last evaluation's scores.
+
+    model(images, labels) in train mode has to return a dict of losses, whose sum is minimised.
+    Every process of torchrun calls this with the same arguments; the batch is divided among them.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    micro_batch, remainder = divmod(recipe.batch_size, world * accumulate)
+    if remainder or not micro_batch:
+        raise ValueError(f"--batch-size {recipe.batch_size} does not divide over {world} process(es) x "
+                         f"--accumulate {accumulate}")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    torch.backends.cudnn.benchmark = True
+    if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device, memory_format=torch.channels_last).train()  # the layout convolutions prefer
+    groups = parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.backbone_lr_multiplier,
+                              recipe.text_lr_multiplier)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
+
+    start, best = 0, -1.0
+    torch.manual_seed(recipe.seed + rank)
+    if resume:
+        # Order: weights, optimiser, position in the schedule and the samples, and at last the random states.
+        checkpoint = read_checkpoint(resume)
+        check_resume(resume, checkpoint, model, recipe, len(train_set))
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, best = checkpoint["iteration"], checkpoint["best"]
+        if len(checkpoint["random_states"]) == world:
+            restore_random_state(checkpoint["random_states"][rank], device)
+        elif rank == 0:
+            print(f"{resume} is from {len(checkpoint['random_states'])} processes, these are {world}: schedule and "
+                  "samples go on as they would have, dropout draws anew")
+
+    sampler = IterationSampler(len(train_set), recipe.seed, rank, world, start=start * recipe.batch_size)
+    loader = DataLoader(train_set, micro_batch, sampler=sampler, num_workers=workers, drop_last=True,
+                        pin_memory=device.type == "cuda", generator=torch.Generator())
+    batches = iter(loader)
+    network = model
+    if world > 1:
+        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+    board = summary_writer(out) if rank == 0 else None
+    sums, clock, last_logged, metrics = {}, time.perf_counter(), start, {}
+
+    bar = tqdm(range(start, recipe.iterations), "training", recipe.iterations, initial=start, disable=rank > 0 or None)
+    for iteration in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(iteration, group["base_lr"], recipe.iterations, recipe.warmup)
+
+        for step in range(accumulate):
+            images, labels, paths = next(batches)
+            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            # Gradients are averaged over the processes once an iteration, in the last step's backward.
+            with contextlib.nullcontext() if network is model or step == accumulate - 1 else network.no_sync():
+                with autocast:
+                    losses = network(images, labels)
+                loss = sum(losses.values())
+                if not math.isfinite(loss.item()):
+                    raise ValueError(f"loss is {loss.item()} at iteration {iteration}; checkpoints are as they were; a "
+                                     f"lower --lr or --clip-grad may help; the batch's files are {' '.join(paths)}")
+                (loss / accumulate).backward()
+            for name, value in {"total": loss, **losses}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        if recipe.clip_grad:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = iteration + 1
+        if rank == 0 and (done % log_every == 0 or done == recipe.iterations):
+            seconds = (time.perf_counter() - clock) / (done - last_logged)  # an iteration, evaluation not counted
+            record = {
+                "iteration": done,
+                **{name: value / accumulate / (done - last_logged) for name, value in sums.items()},
+                "lr": max(group["lr"] for group in optimizer.param_groups),
+                "images_per_second": recipe.batch_size / seconds,
+                "memory_mb": memory(device),
+                "eta_seconds": seconds * (recipe.iterations - done),
+            }
+            write_log(out, record, board)
+            tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                                  for name, value in record.items()))
+            sums, clock, last_logged = {}, time.perf_counter(), done
+
+        evaluating = done % eval_every == 0 or done == recipe.iterations
+        if evaluating or done % save_every == 0:
+            paused = time.perf_counter()
+            extra = {"iteration": done, "arguments": {**asdict(recipe), "images": len(train_set)}}
+            if evaluating:
+                if world > 1:  # each CPU process has its own BatchNorm statistics: take those that will be saved
+                    for buffer in model.buffers():
+                        dist.broadcast(buffer, 0)
+                metrics = evaluate(model, val_set, device, short_side=recipe.short_side, workers=workers)
+                if rank == 0:
+                    write_log(out, {"iteration": done, **to_json(metrics)}, board)
+                    tqdm.write(f"iteration {done} | mIoU {metrics['miou']:.2f} | best before {max(best, 0):.2f}")
+                if metrics["miou"] > best:
+                    best = metrics["miou"]
+                    save(out / "best.pt", model, rank, best=best, **extra)
+            save(out / "last.pt", model, rank, best=best, **extra, optimizer=optimizer.state_dict(),
+                 random_states=gather(random_state(device)))
+            clock += time.perf_counter() - paused
+    if board:
+        board.close()
+    return metrics
+
+
+def save(path: Path, model: nn.Module, rank: int, **extra) -> None:
+    """Write a checkpoint from the first process, unless an update has just broken the weights."""
+    if rank == 0:
+        broken = next((name for name, value in model.named_parameters() if not torch.isfinite(value).all()), None)
+        if broken:
+            raise ValueError(f"{broken} is not finite after iteration {extra['iteration'] - 1}; {path} is as it was; a "
+                             "lower --lr or --clip-grad may help")
+        save_checkpoint(path, model, **extra)
+
+
+def memory(device: torch.device) -> float:
+    """Highest memory use so far in MiB: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def summary_writer(out: Path):
+    """TensorBoard's writer, None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out))
+
+
+def write_log(out: Path, record: dict, board=None) -> None:
+    """Append one line to log.jsonl, and its numbers to TensorBoard."""
+    with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    for name, value in record.items() if board else ():
+        if isinstance(value, (int, float)) and name != "iteration":
+            board.add_scalar(name, value, record["iteration"])
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="draw a data set, train on it, show what came out")
+    option = parser.add_argument_group("model").add_argument
+    option("--model", default="rn50", choices=list(PRESETS), help="preset (default: %(default)s)")
+    option("--clip", metavar="NAME", help="CLIP weights: a name such as RN50, a file, or none: random (default: the "
+           "preset's)")
+    option("--crop-size", type=int, metavar="PIXELS", help="training crop and test window (default: the preset's)")
+    option("--prompting", choices=PROMPTING, default="post", help="none: no language, the baseline; otherwise how the "
+           "text is made (default: %(default)s)")
+    option("--backbone", metavar="NAME", help="resnet18, resnet50, resnet101, swin_t or swin_s in the place of CLIP's "
+           "image encoder")
+    option("--backbone-weights", default="IMAGENET1K_V1", metavar="NAME", help="of --backbone: torchvision's name for "
+           "them, a file, or none: random (default: %(default)s)")
+    option("--head", choices=HEADS, default="fpn", help="default: %(default)s")
+    option("--set", nargs="+", default=[], metavar="NAME=VALUE", help="more settings of denseclip.build_encoder, such "
+           "as num_contexts=16 decoder_layers=6 gamma=1.0 learn_gamma=false score_map=false, or aux_weight=0")
+    option = parser.add_argument_group("data").add_argument
+    option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
+    option("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
+    option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
+    option("--classes", default="ade20k", metavar="LIST", help="a list in classes/ or a file (default: %(default)s)")
+    option("--ignore-index", type=int, default=255, metavar="VALUE", help="mask value to ignore, besides 255")
+    option("--zero-ignored", action=argparse.BooleanOptionalAction,
+           help="mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)")
+    option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this), in training times U(0.5, 2) "
+           "(default: the crop size)")
+    option = parser.add_argument_group("recipe").add_argument
+    option("--iterations", type=int, default=Recipe.iterations, help="default: %(default)s")
+    option("--batch-size", type=int, default=Recipe.batch_size, metavar="IMAGES",
+           help="an iteration, over all processes and accumulation steps (default: %(default)s)")
+    option("--lr", type=float, default=Recipe.lr, help="highest learning rate (default: %(default)s)")
+    option("--weight-decay", type=float, default=Recipe.weight_decay, help="default: %(default)s")
+    option("--backbone-lr-multiplier", type=float, default=Recipe.backbone_lr_multiplier, metavar="FACTOR",
+           help="of the image encoder (default: %(default)s)")
+    option("--text-lr-multiplier", type=float, default=Recipe.text_lr_multiplier, metavar="FACTOR",
+           help="of the text encoder (default: %(default)s, frozen)")
+    option("--warmup", type=int, default=Recipe.warmup, metavar="ITERATIONS", help="default: %(default)s")
+    option("--clip-grad", type=float, default=Recipe.clip_grad, metavar="NORM", help="0: off (default)")
+    option("--precision", choices=["fp32", "bf16"], default=Recipe.precision, help="default: %(default)s")
+    option("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
+    option = parser.add_argument_group("run").add_argument
+    option("--out", default="runs/denseclip", metavar="DIR", help="default: %(default)s")
+    option("--resume", nargs="?", const="", metavar="PATH", help="go on from last.pt in --out, or from PATH")
+    option("--accumulate", type=int, default=1, metavar="STEPS", help="an iteration's batch in so many parts")
+    option("--eval-every", type=int, default=8_000, metavar="ITERATIONS", help="default: %(default)s")
+    option("--save-every", type=int, default=1_000, metavar="ITERATIONS", help="last.pt (default: %(default)s)")
+    option("--log-every", type=int, default=50, metavar="ITERATIONS", help="default: %(default)s")
+    option("--workers", type=int, default=4, help="loader processes for each process (default: %(default)s)")
+    option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
+    args = parser.parse_args()
+    if args.demo:  # the demo's values are defaults as well: options given beside --demo win
+        import demo
+
+        parser.set_defaults(**demo.OPTIONS)
+        args = parser.parse_args()
+        args.data, args.classes, args.train, args.val = f"{args.out}/data", f"{args.out}/data/classes.txt", None, None
+    return args
+
+
+def parse_settings(pairs: list[str]) -> dict:
+    """["gamma=1.0", "score_map=false"] -> {"gamma": 1.0, "score_map": False}, in build_model's names and types."""
+    parameters = {**inspect.signature(build_model).parameters, **inspect.signature(build_encoder).parameters}
+    known = {name: p.default for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+    settings = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in known:
+            raise ValueError(f"--set {pair}: no setting named {name!r}; choose from {', '.join(sorted(known))}")
+        try:
+            settings[name] = json.loads(text)
+        except ValueError:
+            settings[name] = text
+        expected = {bool: bool, float: (int, float), int: int}.get(type(known[name]), object)
+        if not isinstance(settings[name], expected) or (type(settings[name]) is bool) != (expected is bool):
+            raise ValueError(f"--set {pair}: expected a value like {name}={json.dumps(known[name])}")
+    return settings
+
+
+def main() -> None:
+    args = parse_arguments()
+    out = Path(args.out)
+    for name in ("iterations", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it has to be at least 1")
+    resume = Path(args.resume) if args.resume else out / "last.pt" if args.resume == "" else None
+    if resume and not resume.is_file():
+        raise FileNotFoundError(f"--resume: {resume} does not exist; leave --resume out to start this run")
+    drawn = args.demo and (out / "data").is_dir()  # an earlier demo may be written over
+    if not resume and not drawn and (out / "last.pt").exists():
+        raise ValueError(f"{out} already holds a run; go on with it by --resume, or name another --out")
+    rank, world, device = start_process(args.device)
+    if args.demo:
+        import demo
+
+        if rank == 0:
+            demo.draw_dataset(Path(args.data))
+        gather(None)  # the other processes wait for the drawings
+
+    class_names, _ = read_classes(args.classes)
+    train_images, train_masks = args.train or find_split(args.data, "train")
+    val_images, val_masks = args.val or find_split(args.data, "val")
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    clip = args.clip or next((n for n, a in ARCHITECTURES.items() if a == PRESETS[args.model].architecture), "none")
+    unused = args.backbone and args.prompting == "none"  # neither of CLIP's encoders
+    clip = None if clip == "none" or unused else clip
+    settings = {
+        "head": args.head, "prompting": args.prompting, "crop_size": args.crop_size, "backbone": args.backbone,
+        "backbone_weights": None if args.backbone_weights == "none" else args.backbone_weights,
+    }
+    model = build_model(args.model, class_names, clip, **{**settings, **parse_settings(args.set)})
+    if args.text_lr_multiplier and args.prompting != "none":
+        model.encoder.text_encoder.requires_grad_()
+    recipe = Recipe(
+        args.iterations, args.batch_size, args.lr, args.weight_decay, args.backbone_lr_multiplier, args.warmup,
+        args.clip_grad, args.precision, args.seed, args.short_side or model.crop_size, args.text_lr_multiplier,
+    )
+    masks = (args.ignore_index, is_ade20k(train_masks) if args.zero_ignored is None else args.zero_ignored)
+    transform = TrainTransform(model.crop_size, (2048, recipe.short_side))
+    train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, *masks)
+    val_set = SegmentationDataset(val_images, val_masks, len(class_names), EvalTransform(None), *masks)
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_log(out, {
+            "command": shlex.join(sys.argv),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__},
+            "seed": args.seed, "device": str(device), "processes": world, "accumulate": args.accumulate,
+            "model": model.name, "settings": model.settings, "clip": clip, "class_names": class_names,
+            "recipe": asdict(recipe), "train": str(train_images), "val": str(val_images),
+        })
+        print(f"{model.name}, {len(class_names)} classes, {len(train_set)} training and {len(val_set)} validation "
+              f"images, {world} x {device}, writing to {out}")
+    try:
+        metrics = train(
+            model, train_set, val_set, recipe, out, device, accumulate=args.accumulate, workers=args.workers,
+            eval_every=args.eval_every, save_every=args.save_every, log_every=args.log_every, resume=resume,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on from {out / 'last.pt'} by the same command with --resume"
+                                if (out / "last.pt").exists() else "nothing was saved yet") from None
+    if rank == 0:
+        if metrics:
+            print(format_table(metrics, class_names))
+        print(f"weights: {out / 'best.pt'} (best mIoU), {out / 'last.pt'}; log: {out / 'log.jsonl'}")
+        if args.demo:
+            demo.show(load_checkpoint(out / "best.pt"), val_set, out)
+
+
+if __name__ == "__main__":
+    run_script(main)
