@@ -1,7 +1,7 @@
 """DenseCLIP: Language-Guided Dense Prediction with Context-Aware Prompting (Rao et al., CVPR 2022, arXiv 2112.01518).
 
 Read from `LanguageGuidedEncoder.forward` (the method, Figure 3) to `DenseCLIP.forward` (segmentation).
-This file needs clip_model.py and tokenizer.py.
+This file needs clip_model.py and tokenizer.py, and backbones.py for image encoders other than CLIP's.
 
     paper      here                  shape
     ---------  --------------------  -------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class PlainEncoder(nn.Module):
 
 
 class DenseCLIP(nn.Module):
-    """Semantic segmentation: language-guided encoder, FPN, Semantic FPN head.
+    """Semantic segmentation: language-guided encoder, FPN, Semantic FPN head (or no neck, and UperNet).
 
     images, normalised (B, 3, H, W), without labels -> logits (B, K, H, W)
     with labels (B, H, W) -> {"loss", "aux_loss"}, scalars whose sum is to be minimised
@@ -386,9 +386,44 @@ class SemanticFPNHead(nn.Module):
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         """[(B, channels, H_i, W_i)] -> logits (B, K, H_0, W_0)."""
-        size = pyramid[0].shape[-2:]
-        x = sum(resize(head(level), size) for head, level in zip(self.scale_heads, pyramid, strict=True))
+        finest, *coarser = (head(level) for head, level in zip(self.scale_heads, pyramid, strict=True))
+        x = sum((resize(x, finest.shape[-2:]) for x in coarser), start=finest)
         return self.conv_seg(self.dropout(x))
+
+
+class UperNetHead(nn.Module):
+    """UperNet (Xiao et al., 2018), as mmsegmentation builds it: pyramid pooling on the coarsest map, top-down sums,
+    all levels brought to the finest one's size and fused by one convolution. It is neck and head in one.
+
+    Not here: the auxiliary FCN head on the third map that mmsegmentation trains beside it with weight 0.4.
+    Training needs two images a batch or more: batch norm sees one pixel an image behind the coarsest pooling.
+    """
+
+    def __init__(self, in_channels: list[int], num_classes: int, channels: int = 512, dropout: float = 0.1):
+        super().__init__()
+        *finer, coarsest = in_channels
+        bins = (1, 2, 3, 6)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), conv(coarsest, channels, 1, norm=True)) for size in bins
+        )
+        self.bottleneck = conv(coarsest + len(bins) * channels, channels, 3, norm=True)
+        self.lateral_convs = nn.ModuleList(conv(c, channels, 1, norm=True) for c in finer)
+        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3, norm=True) for _ in finer)
+        self.fpn_bottleneck = conv(len(in_channels) * channels, channels, 3, norm=True)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        """[(B, C_i, H_i, W_i)], fine to coarse -> logits (B, K, H_0, W_0)."""
+        *finer, coarsest = pyramid
+        pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.psp_modules]
+        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, finer, strict=True)]
+        levels.append(self.bottleneck(torch.cat([coarsest, *pooled], dim=1)))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[-2:])
+        outputs = [output(x) for output, x in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
+        x = torch.cat([resize(x, outputs[0].shape[-2:]) for x in outputs], dim=1)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))
 
 
 class PyramidViT(VisionTransformer):
@@ -436,13 +471,14 @@ PRESETS = {
     "rn50x64": Preset(ARCHITECTURES["RN50x64"], 512),
     "vitb32": Preset(ARCHITECTURES["ViT-B/32"], 640, drop_path=0.1),
     "vitb16": Preset(ARCHITECTURES["ViT-B/16"], 640, drop_path=0.1),
-    "vitl14": Preset(ARCHITECTURES["ViT-L/14"], 640, drop_path=0.1),
-    "vitl14_336": Preset(ARCHITECTURES["ViT-L/14@336px"], 640, drop_path=0.1),
+    "vitl14": Preset(ARCHITECTURES["ViT-L/14"], 644, drop_path=0.1),  # 46 patches a side
+    "vitl14_336": Preset(ARCHITECTURES["ViT-L/14@336px"], 644, drop_path=0.1),
     # for a CPU, from random weights
     "tiny": Preset(Architecture(128, 128, (1, 1, 1, 1), 32, 0, 64, 2), 128, channels=64, decoder_width=64),
     "tiny_vit": Preset(Architecture(128, 128, 4, 128, 16, 64, 2), 128, channels=64, decoder_width=64),
 }
 PROMPTING = ("post", "pre", "learned", "template", "none")
+HEADS = ("fpn", "upernet")
 
 
 def build_model(
@@ -450,6 +486,7 @@ def build_model(
     class_names: list[str],
     clip: str | None = None,
     *,
+    head: str = "fpn",
     aux_weight: float = 0.4,
     tau: float = 0.07,
     **encoder_settings,
@@ -457,14 +494,20 @@ def build_model(
     """A segmentation model.
 
     name: one of PRESETS; clip: weights by name or path (see `clip_model.load_clip`), None for random ones
+    head: "fpn": Semantic FPN, or "upernet"
     aux_weight, tau: of the auxiliary loss, Eq. (7); encoder_settings: see `build_encoder`
     """
+    if head not in HEADS:
+        raise ValueError(f"no head named {head!r}: choose one of {', '.join(HEADS)}")
     encoder = build_encoder(name, class_names, clip, **encoder_settings)
     channels = PRESETS[name].channels
-    head = SemanticFPNHead(len(class_names), channels)
-    model = DenseCLIP(encoder, FPN(encoder.channels, channels), head, aux_weight, tau)
+    if head == "fpn":
+        neck, decode_head = FPN(encoder.channels, channels), SemanticFPNHead(len(class_names), channels)
+    else:
+        neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * channels)
+    model = DenseCLIP(encoder, neck, decode_head, aux_weight, tau)
     model.name, model.class_names = name, list(class_names)
-    model.settings = {"aux_weight": aux_weight, "tau": tau, **encoder.settings}
+    model.settings = {"head": head, "aux_weight": aux_weight, "tau": tau, **encoder.settings}
     model.crop_size = encoder.settings["crop_size"]
     return model
 
@@ -474,6 +517,8 @@ def build_encoder(
     class_names: list[str],
     clip: str | None = None,
     *,
+    backbone: str | nn.Module | None = None,
+    backbone_weights: str | None = None,
     prompting: str = "post",
     num_contexts: int = 8,
     decoder_layers: int | None = None,
@@ -490,6 +535,9 @@ def build_encoder(
 ) -> LanguageGuidedEncoder | PlainEncoder:
     """The language-guided encoder without a head, for any dense task.
 
+    backbone:        None: CLIP's image encoder; else `name` says the text encoder alone, and this the image encoder:
+                     one of backbones.PYRAMIDS, or a module such as backbones.WithAttentionPool makes
+    backbone_weights: of a backbone by name: torchvision's name for them or a path; None: random
     prompting:       "post", the paper's choice: the image refines the text, Eqs. (5) and (6); "pre": the image makes
                      the contexts, Eq. (4); "learned": contexts alone, Eq. (3); "template": "a photo of a {}.";
                      "none": no language, the baseline
@@ -512,11 +560,20 @@ def build_encoder(
     crop_size = crop_size or preset.crop_size
     drop_path = preset.drop_path if drop_path is None else drop_path
     decoder_layers = decoder_layers or (6 if prompting == "pre" else 3)
-    settings = {k: v for k, v in locals().items() if k not in ("name", "class_names", "clip", "preset", "a")}
+    settings = locals().copy()  # what the architecture follows from
+    for key in ("name", "class_names", "clip", "backbone_weights", "preset", "a"):
+        del settings[key]
 
     embed_dim = 0 if prompting == "none" else a.embed_dim
-    if a.patch_size:
-        backbone = PyramidViT(
+    if isinstance(backbone, nn.Module):
+        settings["backbone"] = type(backbone).__name__  # such a model is rebuilt by the code that made the module
+        image_encoder = backbone
+    elif backbone is not None:
+        from backbones import build_backbone  # the one place that needs torchvision
+
+        image_encoder = build_backbone(backbone, backbone_weights, embed_dim, crop_size)
+    elif a.patch_size:
+        image_encoder = PyramidViT(
             layers=a.layers,
             width=a.width,
             patch_size=a.patch_size,
@@ -527,14 +584,14 @@ def build_encoder(
             double_class_embedding=double_class_embedding,
         )
     else:
-        backbone = ResNet(a.layers, a.width, embed_dim, crop_size, crop_positions)
+        image_encoder = ResNet(a.layers, a.width, embed_dim, crop_size, crop_positions)
 
     if prompting == "none":
-        encoder = PlainEncoder(backbone)
+        encoder = PlainEncoder(image_encoder)
     else:
         text = TextEncoder(a.embed_dim, a.text_width, a.text_layers, context_length, a.vocab_size, quick_gelu)
         sizes = {"width": preset.decoder_width, "layers": decoder_layers}
-        parts = {"backbone": backbone, "text_encoder": text, "class_names": class_names}
+        parts = {"backbone": image_encoder, "text_encoder": text, "class_names": class_names}
         join = {"score_map": score_map, "score_temperature": score_temperature}
         if prompting == "pre":
             prompt_decoder = ContextDecoder(a.embed_dim, a.text_width, **sizes)
@@ -565,7 +622,10 @@ def check_class_names(class_names: list[str]) -> None:
 
 
 def load_clip_weights(encoder: nn.Module, weights: dict[str, Tensor], expected: Architecture, source: str) -> None:
-    """Put CLIP's weights into an encoder's backbone and text encoder, positional embeddings resized to its grid."""
+    """Put CLIP's weights into an encoder's backbone, positional embeddings resized to its grid, and text encoder.
+
+    A backbone that is not CLIP's stays as it is.
+    """
     found = read_architecture(weights, source)
     for field in ("layers", "width", "patch_size", "embed_dim", "text_width", "text_layers"):
         if getattr(found, field) != getattr(expected, field):
@@ -573,6 +633,15 @@ def load_clip_weights(encoder: nn.Module, weights: dict[str, Tensor], expected: 
                 f"{source}: weights of another architecture: {field} is {getattr(found, field)}, "
                 f"the model expects {getattr(expected, field)}"
             )
+    if isinstance(encoder.backbone, (ResNet, VisionTransformer)):
+        load_visual_weights(encoder, weights, source)
+    if not isinstance(encoder, PlainEncoder):
+        text = {key: value for key, value in weights.items() if not key.startswith("visual.") and key != "logit_scale"}
+        load_weights(encoder.text_encoder, text, source)
+
+
+def load_visual_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Put CLIP's weights into an encoder's backbone, which is CLIP's."""
     own = encoder.backbone.state_dict()
     visual = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
     for key in ("positional_embedding", "attnpool.positional_embedding"):
@@ -583,9 +652,6 @@ def load_clip_weights(encoder: nn.Module, weights: dict[str, Tensor], expected: 
         visual = {key: value for key, value in visual.items() if not key.startswith(("attnpool.", "ln_post.", "proj"))}
     new = {key: value for key, value in own.items() if key.startswith("fpn")}  # PyramidViT's, not in CLIP
     load_weights(encoder.backbone, {**new, **visual}, source)
-    if not isinstance(encoder, PlainEncoder):
-        text = {key: value for key, value in weights.items() if not key.startswith("visual.") and key != "logit_scale"}
-        load_weights(encoder.text_encoder, text, source)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
