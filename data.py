@@ -204,6 +204,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
                 image, label = self.transform(image, label)
         return image, label, str(image_path)
 
+    def sampler(self, batch_size: int, seed: int, rank: int, world: int, start: int) -> "IterationSampler":
+        """What train.py draws from; start: samples drawn before."""
+        return IterationSampler(len(self), seed, rank, world, start)
+
+    collate = staticmethod(torch.utils.data.default_collate)  # images (B, 3, H, W), labels (B, H, W), paths
+
     def read_label(self, path: Path) -> Tensor:
         """Mask values to labels, (H, W) uint8 in [0, K) or 255."""
         mask = read_mask(path)
@@ -360,11 +366,15 @@ class IterationSampler(torch.utils.data.Sampler):
             raise ValueError(f"no sampler of size {size}, rank {rank} of {world}, start {start}")
         self.size, self.seed, self.rank, self.world, self.start = size, seed, rank, world, start
 
+    def permutation(self, generator: torch.Generator) -> list[int]:
+        """The order of one epoch."""
+        return torch.randperm(self.size, generator=generator).tolist()
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, position = divmod(self.start + self.rank, self.size)
         while True:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(self.size, generator=generator).tolist()
+            order = self.permutation(generator)
             seeds = torch.randint(2**32, (self.size,), generator=generator).tolist()
             while position < self.size:
                 yield order[position], seeds[position]

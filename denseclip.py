@@ -700,18 +700,17 @@ def load_checkpoint(path: str | Path, class_names: list[str] | None = None, unsa
 
     class_names: for released files that do not hold them; unsafe: see `read_checkpoint`
     """
-    checkpoint = read_checkpoint(path, unsafe)
+    return restore_model(read_checkpoint(path, unsafe), path, class_names)
+
+
+def restore_model(checkpoint: dict, path: str | Path, class_names: list[str] | None = None) -> DenseCLIP:
+    """The model in what `read_checkpoint` read from path."""
     if "settings" in checkpoint:
         name, weights, settings = checkpoint["name"], checkpoint["model"], checkpoint["settings"]
         class_names = checkpoint["class_names"]
     else:
         name, weights, settings = from_released(checkpoint["state_dict"], path)
-        class_names = class_names or list(checkpoint.get("meta", {}).get("CLASSES") or [])
-        num_classes = len(weights["decode_head.conv_seg.weight"])
-        if len(class_names) != num_classes:
-            raise ValueError(
-                f"{path}: a model of {num_classes} classes, but {len(class_names)} names; give all as class_names"
-            )
+        class_names = released_class_names(checkpoint, len(weights["decode_head.conv_seg.weight"]), path, class_names)
     model = build_model(name, class_names, **settings)
     load_weights(model, weights, str(path))
     return model.eval()
@@ -723,23 +722,30 @@ def from_released(state_dict: dict[str, Tensor], path: str | Path) -> tuple[str,
         raise ValueError(f"{path}: not a segmentation model of the released code: no decode_head.conv_seg.weight in it")
     ours = ("neck.", "decode_head.")
     weights = {key if key.startswith(ours) else f"encoder.{key}": value for key, value in state_dict.items()}
+    name, settings = read_released_encoder(state_dict, path)
+    return name, weights, settings
 
+
+def read_released_encoder(state_dict: dict[str, Tensor], path: str | Path) -> tuple[str, dict]:
+    """Preset and settings of `build_encoder` that the released code's weights belong to, for any task."""
     as_clip = {}
     for key, value in state_dict.items():
-        if key.startswith("backbone."):
-            as_clip[key.replace("backbone.", "visual.", 1)] = value
-        elif key.startswith("text_encoder."):
-            as_clip[key.replace("text_encoder.", "", 1)] = value
+        if key.startswith(("backbone.", "text_encoder.")):
+            as_clip[key.replace("backbone.", "visual.", 1).removeprefix("text_encoder.")] = value
     found = read_architecture(as_clip, str(path))
-    image_encoder = (found.layers, found.width, found.patch_size)
     names = {(p.architecture.layers, p.architecture.width, p.architecture.patch_size): n for n, p in PRESETS.items()}
-    if image_encoder not in names:
+    name = names.get((found.layers, found.width, found.patch_size))
+    if name is None:
         raise ValueError(f"{path}: no model here has its backbone ({found}): choose from {', '.join(PRESETS)}")
-    name = names[image_encoder]
-    settings = {
-        "prompting": "post" if found.text_width else "none",
-        "context_length": found.context_length or 77,
-        "crop_size": found.input_resolution or PRESETS[name].crop_size,
-        "double_class_embedding": True,
-    }
-    return name, weights, settings
+    settings = {"prompting": "post" if found.text_width else "none", "context_length": found.context_length or 77}
+    if found.input_resolution:  # baselines have no positional grid
+        settings["crop_size"] = found.input_resolution
+    return name, settings
+
+
+def released_class_names(checkpoint: dict, expected: int, path: str | Path, given: list[str] | None) -> list[str]:
+    """The names that a released checkpoint holds, unless others are given; they must be as many as the model's."""
+    class_names = given or list(checkpoint.get("meta", {}).get("CLASSES") or [])
+    if len(class_names) != expected:
+        raise ValueError(f"{path}: a model of {expected} classes, but {len(class_names)} names; give class_names")
+    return class_names

@@ -1,8 +1,9 @@
-"""Score a checkpoint on a segmentation data set: mIoU, mean accuracy, pixel accuracy and a table per class.
+"""Score a checkpoint: mIoU, mean accuracy and pixel accuracy of a segmentation model, COCO's AP of a detector.
 
     python eval.py --checkpoint runs/rn50/best.pt                         # ADE20K val, one scale, sliding window
     python eval.py --checkpoint runs/rn50/best.pt --multi-scale           # six scales, each also flipped
     python eval.py --checkpoint best.pt --val IMAGES MASKS --save-masks predicted
+    python eval.py --checkpoint runs/mask_rcnn/best.pt --data data/coco   # or --val IMAGES ANNOTATIONS
     torchrun --standalone --nproc_per_node 8 eval.py --checkpoint runs/rn50/best.pt
 
 The checkpoint holds the model's name, settings and class names, so only the data has to be said. The protocol is
@@ -24,8 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import denseclip
+import detection
+from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco
+from coco import format_table as format_detection_table
 from data import EvalTransform, SegmentationDataset, find_split, read_classes, resize_keep_ratio
-from denseclip import load_checkpoint, read_checkpoint
+from denseclip import read_checkpoint
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale protocol, each also flipped
 WINDOWS_AT_ONCE = 4  # windows of one image that go through the model together
@@ -249,8 +254,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="ours, or a released DenseCLIP .pth")
     parser.add_argument("--unsafe", action="store_true", help="unpickle all of a released file; only if you trust it")
     option = parser.add_argument_group("data").add_argument
-    option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
-    option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
+    option("--data", metavar="ROOT", help="data set (default: data/ADEChallengeData2016; of a detector data/coco)")
+    option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data; for a detector a "
+           "folder and a JSON file in COCO's format")
     option("--classes", metavar="LIST", help="a list in classes/ or a file; has to hold the checkpoint's classes")
     option("--ignore-index", type=int, default=255, metavar="VALUE", help="mask value to ignore, besides 255")
     option("--zero-ignored", action=argparse.BooleanOptionalAction,
@@ -260,26 +266,42 @@ def main() -> None:
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: as in training)")
     option = parser.add_argument_group("output and machine").add_argument
     option("--save-masks", metavar="DIR", help="write the predicted masks there as palette PNGs")
+    option("--save-results", metavar="FILE", help="write a detector's results there, in COCO's JSON format")
     option("--json", metavar="FILE", help="write the scores there")
     option("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     args = parser.parse_args()
 
-    rank, world, device = start_process(args.device)
+    rank, _, device = start_process(args.device)
     listed, colours = read_classes(args.classes) if args.classes else (None, None)
-    model = load_checkpoint(args.checkpoint, listed, args.unsafe).to(device)  # a released file may hold no names
-    names = model.class_names
+    checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
+    detects = detection.is_detector(checkpoint)
+    restore_model = detection.restore_model if detects else denseclip.restore_model
+    model = restore_model(checkpoint, args.checkpoint, listed).to(device)  # a released file may hold no names
+    names, trained = model.class_names, checkpoint.get("arguments", {})
+    del checkpoint
     if listed:
         check_classes(args.checkpoint, names, args.classes, listed)
-    images, masks = args.val or find_split(args.data, "val")
-    zero_ignored = is_ade20k(masks) if args.zero_ignored is None else args.zero_ignored
-    dataset = SegmentationDataset(images, masks, len(names), EvalTransform(None), args.ignore_index, zero_ignored)
-    trained = read_checkpoint(args.checkpoint, unsafe=args.unsafe).get("arguments", {})
-    metrics = evaluate(model, dataset, device, short_side=args.short_side or trained.get("short_side"),
-                       multi_scale=args.multi_scale, save_masks=args.save_masks, colours=colours, workers=args.workers)
+    short_side = args.short_side or trained.get("short_side")
+
+    if detects:
+        images, annotations = args.val or find_coco(args.data or "data/coco", "val")
+        limits = detection_limits(short_side or 800)
+        masks = model.name.startswith("mask")
+        dataset = CocoDetection(images, annotations, DetectionTransform(limits), names, masks=masks)
+        if rank == 0:
+            print(dataset.summary())
+        metrics = evaluate_detection(model, dataset, device, save_results=args.save_results, workers=args.workers)
+        table, headline = format_detection_table(metrics, names), f"box AP {metrics['box_ap']:.4f}"
+    else:
+        images, masks = args.val or find_split(args.data or "data/ADEChallengeData2016", "val")
+        zero_ignored = is_ade20k(masks) if args.zero_ignored is None else args.zero_ignored
+        dataset = SegmentationDataset(images, masks, len(names), EvalTransform(None), args.ignore_index, zero_ignored)
+        metrics = evaluate(model, dataset, device, short_side=short_side, multi_scale=args.multi_scale,
+                           save_masks=args.save_masks, colours=colours, workers=args.workers)
+        table, headline = format_table(metrics, names), f"mIoU {metrics['miou']:.2f}"
     if rank == 0:
-        print(format_table(metrics, names))
-        print(f"\nmIoU {metrics['miou']:.2f} on {len(dataset)} images of {images}")
+        print(f"{table}\n\n{headline} on {len(dataset)} images of {images}")
         if args.json:
             scores = {"images": len(dataset), "class_names": names, **to_json(metrics)}
             Path(args.json).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,14 @@
 """Train DenseCLIP. The defaults are the paper's run: CLIP ResNet-50, Semantic FPN, ADE20K, 80,000 iterations.
+With --model retinanet_rn50 and the like it trains a detector on COCO, by the paper's schedule for it.
 
     python train.py --demo                                                # draws its data; two minutes on a laptop
     python train.py --data data/ADEChallengeData2016 --out runs/rn50      # one GPU (--accumulate 4 if memory is short)
     torchrun --standalone --nproc_per_node 8 train.py --out runs/rn50     # eight GPUs, the same global batch
     python train.py --model tiny --train IMAGES MASKS --val IMAGES MASKS --classes LIST --out runs/mine
+    python train.py --model mask_rcnn_rn50 --data data/coco --out runs/mask_rcnn    # or --train IMAGES ANNOTATIONS ...
     ... --resume                                                          # go on from last.pt, exactly
 
-Writes into --out: last.pt (to resume from), best.pt (highest validation mIoU; eval.py needs nothing else),
+Writes into --out: last.pt (to resume from), best.pt (highest validation mIoU or box AP; all that eval.py needs),
 log.jsonl (one JSON object a line; the first has the command, the versions and the seed) and, where TensorBoard is
 installed, its event files.
 """
@@ -20,7 +22,8 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,18 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import denseclip
+import detection
 from clip_model import ARCHITECTURES
-from data import EvalTransform, IterationSampler, SegmentationDataset, TrainTransform, find_split, read_classes
-from denseclip import (
-    HEADS,
-    PRESETS,
-    PROMPTING,
-    build_encoder,
-    build_model,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco
+from coco import format_table as format_detection_table
+from data import EvalTransform, SegmentationDataset, TrainTransform, find_split, read_classes
+from denseclip import HEADS, PROMPTING, build_encoder, read_checkpoint, save_checkpoint
 from eval import check_classes, evaluate, format_table, is_ade20k, run_script, start_process, to_json
 
 
@@ -60,6 +58,7 @@ class Recipe:
     precision: str = "fp32"
     seed: int = 0
     short_side: int = 512  # pixels; images are resized to fit (2048, short_side), in training times U(0.5, 2)
+    schedule: str = "poly"  # detection: "step"
     text_lr_multiplier: float = 0.0  # 0: the text encoder is frozen
 
 
@@ -87,11 +86,18 @@ def parameter_groups(
     return [{"name": key, "lr": group["base_lr"], **group} for key, group in groups.items() if group["params"]]
 
 
-def learning_rate(iteration: int, base: float, total: int, warmup: int, minimum: float = 1e-6) -> float:
-    """Polynomial decay with power 0.9 to `minimum`, times a linear warm-up from 1e-6 of it; `iteration` from 0."""
-    rate = (base - minimum) * (1 - iteration / total) ** 0.9 + minimum
+def learning_rate(iteration: int, base: float, total: int, warmup: int, schedule: str = "poly") -> float:
+    """The rate of an iteration, from 0, in a group whose highest rate is `base`.
+
+    "poly": decay with power 0.9 to 1e-6; "step": a tenth after 8 and again after 11 twelfths of the run.
+    Linear warm-up from 1e-6 ("poly") or 1e-3 ("step") of it.
+    """
+    if schedule == "poly":
+        rate, first = (base - 1e-6) * (1 - iteration / total) ** 0.9 + 1e-6, 1e-6
+    else:
+        rate, first = base * 0.1 ** ((12 * iteration >= 8 * total) + (12 * iteration >= 11 * total)), 1e-3
     if iteration < warmup:
-        rate *= 1 - (1 - iteration / warmup) * (1 - 1e-6)
+        rate *= 1 - (1 - iteration / warmup) * (1 - first)
     return rate
 
 
@@ -138,12 +144,13 @@ def check_resume(path: Path, checkpoint: dict, model: nn.Module, recipe: Recipe,
 
 def train(
     model: nn.Module,
-    train_set: SegmentationDataset,
-    val_set: SegmentationDataset,
+    train_set: SegmentationDataset | CocoDetection,
     recipe: Recipe,
     out: Path,
     device: torch.device,
     *,
+    evaluate: Callable[[nn.Module], dict],
+    score: str = "miou",
     accumulate: int = 1,
     workers: int = 4,
     eval_every: int = 8_000,
@@ -153,7 +160,8 @@ def train(
 ) -> dict:
     """Train `model` by `recipe`, writing checkpoints and the log into `out`; returns the last evaluation's scores.
 
-    model(images, labels) in train mode has to return a dict of losses, whose sum is minimised.
+    model(images, labels) in train mode has to return a dict of losses, whose sum is minimised. The data set says how to
+    sample it and how to make batches; evaluate(model) gives scores, of which `score` decides what best.pt is.
     Every process of torchrun calls this with the same arguments; the batch is divided among them.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -185,8 +193,8 @@ def train(
             print(f"{resume} is from {len(checkpoint['random_states'])} processes, these are {world}: schedule and "
                   "samples go on as they would have, dropout draws anew")
 
-    sampler = IterationSampler(len(train_set), recipe.seed, rank, world, start=start * recipe.batch_size)
-    loader = DataLoader(train_set, micro_batch, sampler=sampler, num_workers=workers, drop_last=True,
+    sampler = train_set.sampler(recipe.batch_size, recipe.seed, rank, world, start * recipe.batch_size)
+    loader = DataLoader(train_set, micro_batch, sampler=sampler, num_workers=workers, collate_fn=train_set.collate,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     batches = iter(loader)
     network = model
@@ -199,12 +207,11 @@ def train(
     bar = tqdm(range(start, recipe.iterations), "training", recipe.iterations, initial=start, disable=rank > 0 or None)
     for iteration in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, group["base_lr"], recipe.iterations, recipe.warmup)
+            group["lr"] = learning_rate(iteration, group["base_lr"], recipe.iterations, recipe.warmup, recipe.schedule)
 
         for step in range(accumulate):
             images, labels, paths = next(batches)
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
+            images, labels = to_device(images, device), to_device(labels, device)
             # Gradients are averaged over the processes once an iteration, in the last step's backward.
             with contextlib.nullcontext() if network is model or step == accumulate - 1 else network.no_sync():
                 with autocast:
@@ -245,12 +252,12 @@ def train(
                 if world > 1:  # each CPU process has its own BatchNorm statistics: take those that will be saved
                     for buffer in model.buffers():
                         dist.broadcast(buffer, 0)
-                metrics = evaluate(model, val_set, device, short_side=recipe.short_side, workers=workers)
+                metrics = evaluate(model)
                 if rank == 0:
                     write_log(out, {"iteration": done, **to_json(metrics)}, board)
-                    tqdm.write(f"iteration {done} | mIoU {metrics['miou']:.2f} | best before {max(best, 0):.2f}")
-                if metrics["miou"] > best:
-                    best = metrics["miou"]
+                    tqdm.write(f"iteration {done} | {score} {metrics[score]:.4g} | best before {max(best, 0):.4g}")
+                if metrics[score] > best:
+                    best = metrics[score]
                     save(out / "best.pt", model, rank, best=best, **extra)
             save(out / "last.pt", model, rank, best=best, **extra, optimizer=optimizer.state_dict(),
                  random_states=gather(random_state(device)))
@@ -268,6 +275,15 @@ def save(path: Path, model: nn.Module, rank: int, **extra) -> None:
             raise ValueError(f"{broken} is not finite after iteration {extra['iteration'] - 1}; {path} is as it was; a "
                              "lower --lr or --clip-grad may help")
         save_checkpoint(path, model, **extra)
+
+
+def to_device(batch: Tensor | list | dict, device: torch.device) -> Tensor | list | dict:
+    """The tensors of a batch, also in lists and dictionaries of them, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
 
 
 def memory(device: torch.device) -> float:
@@ -307,7 +323,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="draw a data set, train on it, show what came out")
     option = parser.add_argument_group("model").add_argument
-    option("--model", default="rn50", choices=list(PRESETS), help="preset (default: %(default)s)")
+    option("--model", default="rn50", metavar="NAME", choices=[*denseclip.PRESETS, *detection.PRESETS],
+           help="%(choices)s (default: %(default)s)")
     option("--clip", metavar="NAME", help="CLIP weights: a name such as RN50, a file, or none: random (default: the "
            "preset's)")
     option("--crop-size", type=int, metavar="PIXELS", help="training crop and test window (default: the preset's)")
@@ -322,16 +339,18 @@ def parse_arguments() -> argparse.Namespace:
            "as num_contexts=16 decoder_layers=6 gamma=1.0 learn_gamma=false score_map=false, or aux_weight=0")
     option = parser.add_argument_group("data").add_argument
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
-    option("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
-    option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
-    option("--classes", default="ade20k", metavar="LIST", help="a list in classes/ or a file (default: %(default)s)")
+    option("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data; for a detector a "
+           "folder and a JSON file in COCO's format")
+    option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="likewise")
+    option("--classes", default="ade20k", metavar="LIST", help="a list in classes/ or a file (default: %(default)s); a "
+           "detector takes the JSON file's categories")
     option("--ignore-index", type=int, default=255, metavar="VALUE", help="mask value to ignore, besides 255")
     option("--zero-ignored", action=argparse.BooleanOptionalAction,
            help="mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)")
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this), in training times U(0.5, 2) "
-           "(default: the crop size)")
+           "(default: the crop size); for a detector in (5/3 of this, this) (default: 800)")
     option = parser.add_argument_group("recipe").add_argument
-    option("--iterations", type=int, default=Recipe.iterations, help="default: %(default)s")
+    option("--iterations", type=int, default=Recipe.iterations, help="default: %(default)s; for a detector 12 epochs")
     option("--batch-size", type=int, default=Recipe.batch_size, metavar="IMAGES",
            help="an iteration, over all processes and accumulation steps (default: %(default)s)")
     option("--lr", type=float, default=Recipe.lr, help="highest learning rate (default: %(default)s)")
@@ -360,12 +379,16 @@ def parse_arguments() -> argparse.Namespace:
         parser.set_defaults(**demo.OPTIONS)
         args = parser.parse_args()
         args.data, args.classes, args.train, args.val = f"{args.out}/data", f"{args.out}/data/classes.txt", None, None
+    elif args.model in detection.PRESETS:  # the released schedule for COCO; its 12 epochs as iterations: see main
+        parser.set_defaults(data="data/coco", batch_size=16, iterations=0, warmup=500, clip_grad=0.1, short_side=800,
+                            lr=2e-4 if args.model.startswith("mask") else 1e-4)
+        args = parser.parse_args()
     return args
 
 
 def parse_settings(pairs: list[str]) -> dict:
     """["gamma=1.0", "score_map=false"] -> {"gamma": 1.0, "score_map": False}, in build_model's names and types."""
-    parameters = {**inspect.signature(build_model).parameters, **inspect.signature(build_encoder).parameters}
+    parameters = {**inspect.signature(denseclip.build_model).parameters, **inspect.signature(build_encoder).parameters}
     known = {name: p.default for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
     settings = {}
     for pair in pairs:
@@ -385,8 +408,9 @@ def parse_settings(pairs: list[str]) -> dict:
 def main() -> None:
     args = parse_arguments()
     out = Path(args.out)
+    detects = args.model in detection.PRESETS
     for name in ("iterations", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) < 1 and not (detects and name == "iterations"):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it has to be at least 1")
     resume = Path(args.resume) if args.resume else out / "last.pt" if args.resume == "" else None
     if resume and not resume.is_file():
@@ -402,28 +426,51 @@ def main() -> None:
             demo.draw_dataset(Path(args.data))
         gather(None)  # the other processes wait for the drawings
 
-    class_names, _ = read_classes(args.classes)
-    train_images, train_masks = args.train or find_split(args.data, "train")
-    val_images, val_masks = args.val or find_split(args.data, "val")
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    clip = args.clip or next((n for n, a in ARCHITECTURES.items() if a == PRESETS[args.model].architecture), "none")
+    preset = denseclip.PRESETS[detection.PRESETS[args.model].encoder if detects else args.model]
+    clip = args.clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), "none")
     unused = args.backbone and args.prompting == "none"  # neither of CLIP's encoders
     clip = None if clip == "none" or unused else clip
     settings = {
-        "head": args.head, "prompting": args.prompting, "crop_size": args.crop_size, "backbone": args.backbone,
+        "prompting": args.prompting, "backbone": args.backbone,
         "backbone_weights": None if args.backbone_weights == "none" else args.backbone_weights,
+        **({} if detects else {"head": args.head}), **({"crop_size": args.crop_size} if args.crop_size else {}),
+        **parse_settings(args.set),
     }
-    model = build_model(args.model, class_names, clip, **{**settings, **parse_settings(args.set)})
-    if args.text_lr_multiplier and args.prompting != "none":
-        model.encoder.text_encoder.requires_grad_()
     recipe = Recipe(
         args.iterations, args.batch_size, args.lr, args.weight_decay, args.backbone_lr_multiplier, args.warmup,
-        args.clip_grad, args.precision, args.seed, args.short_side or model.crop_size, args.text_lr_multiplier,
+        args.clip_grad, args.precision, args.seed, args.short_side or args.crop_size or preset.crop_size,
+        "step" if detects else "poly", args.text_lr_multiplier,
     )
-    masks = (args.ignore_index, is_ade20k(train_masks) if args.zero_ignored is None else args.zero_ignored)
-    transform = TrainTransform(model.crop_size, (2048, recipe.short_side))
-    train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, *masks)
-    val_set = SegmentationDataset(val_images, val_masks, len(class_names), EvalTransform(None), *masks)
+    train_images, train_labels = args.train or (find_coco if detects else find_split)(args.data, "train")
+    val_images, val_labels = args.val or (find_coco if detects else find_split)(args.data, "val")
+
+    if detects:
+        limits, masks = detection_limits(recipe.short_side), args.model.startswith("mask")
+        transform = DetectionTransform(limits, flip=0.5)
+        train_set = CocoDetection(train_images, train_labels, transform, masks=masks, train=True)
+        class_names = train_set.class_names
+        val_set = CocoDetection(val_images, val_labels, DetectionTransform(limits), class_names, masks=masks)
+        model = detection.build_model(args.model, class_names, clip, **settings)
+        if not recipe.iterations:
+            epoch = train_set.sampler(recipe.batch_size, 0, 0, 1, 0).size
+            recipe = replace(recipe, iterations=12 * epoch // recipe.batch_size)
+
+        def score_model(model: nn.Module) -> dict:
+            return evaluate_detection(model, val_set, device, workers=args.workers)
+    else:
+        class_names, _ = read_classes(args.classes)
+        model = denseclip.build_model(args.model, class_names, clip, **settings)
+        transform = TrainTransform(model.crop_size, (2048, recipe.short_side))
+        zero_ignored = is_ade20k(train_labels) if args.zero_ignored is None else args.zero_ignored
+        meaning, k = {"ignore_index": args.ignore_index, "zero_ignored": zero_ignored}, len(class_names)
+        train_set = SegmentationDataset(train_images, train_labels, k, transform, **meaning)
+        val_set = SegmentationDataset(val_images, val_labels, k, EvalTransform(None), **meaning)
+
+        def score_model(model: nn.Module) -> dict:
+            return evaluate(model, val_set, device, short_side=recipe.short_side, workers=args.workers)
+    if args.text_lr_multiplier and args.prompting != "none":
+        model.encoder.text_encoder.requires_grad_()
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -433,24 +480,28 @@ def main() -> None:
                          "torchvision": torchvision.__version__},
             "seed": args.seed, "device": str(device), "processes": world, "accumulate": args.accumulate,
             "model": model.name, "settings": model.settings, "clip": clip, "class_names": class_names,
-            "recipe": asdict(recipe), "train": str(train_images), "val": str(val_images),
+            "recipe": asdict(recipe), "train": [str(train_images), str(train_labels)],
+            "val": [str(val_images), str(val_labels)],
         })
         print(f"{model.name}, {len(class_names)} classes, {len(train_set)} training and {len(val_set)} validation "
               f"images, {world} x {device}, writing to {out}")
+        for dataset in (train_set, val_set) if detects else ():
+            print(dataset.summary())  # what had to be left out or repaired
     try:
         metrics = train(
-            model, train_set, val_set, recipe, out, device, accumulate=args.accumulate, workers=args.workers,
-            eval_every=args.eval_every, save_every=args.save_every, log_every=args.log_every, resume=resume,
+            model, train_set, recipe, out, device, evaluate=score_model, score="box_ap" if detects else "miou",
+            accumulate=args.accumulate, workers=args.workers, eval_every=args.eval_every,
+            save_every=args.save_every, log_every=args.log_every, resume=resume,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on from {out / 'last.pt'} by the same command with --resume"
                                 if (out / "last.pt").exists() else "nothing was saved yet") from None
     if rank == 0:
         if metrics:
-            print(format_table(metrics, class_names))
-        print(f"weights: {out / 'best.pt'} (best mIoU), {out / 'last.pt'}; log: {out / 'log.jsonl'}")
+            print((format_detection_table if detects else format_table)(metrics, class_names))
+        print(f"weights: {out / 'best.pt'} (best score), {out / 'last.pt'}; log: {out / 'log.jsonl'}")
         if args.demo:
-            demo.show(load_checkpoint(out / "best.pt"), val_set, out)
+            demo.show(denseclip.load_checkpoint(out / "best.pt"), val_set, out)
 
 
 if __name__ == "__main__":

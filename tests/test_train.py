@@ -16,8 +16,9 @@ from PIL import Image
 
 import demo
 import train as training
-from data import EvalTransform, SegmentationDataset, TrainTransform, read_classes
+from data import EvalTransform, IterationSampler, SegmentationDataset, TrainTransform, read_classes
 from denseclip import build_model, load_checkpoint, read_checkpoint
+from eval import evaluate
 from train import Recipe, learning_rate, parameter_groups, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,11 @@ def small_run(folders, out, recipe=SMALL, model=None, **options):
     val_set = SegmentationDataset(*folders["val"], len(NAMES), EvalTransform(None))
     out.mkdir(exist_ok=True)
     options = {"workers": 0, "eval_every": 1_000, "log_every": 2, **options}
-    return train(model, train_set, val_set, recipe, out, torch.device("cpu"), **options)
+
+    def score(model):
+        return evaluate(model, val_set, "cpu", short_side=recipe.short_side)
+
+    return train(model, train_set, recipe, out, torch.device("cpu"), evaluate=score, **options)
 
 
 def arguments(folders, out, *more):
@@ -98,6 +103,13 @@ def test_learning_rates_are_the_released_ones():
     assert learning_rate(1_500, 1e-5, 80_000, 1_500) == pytest.approx(9.84798e-6, rel=1e-5)
     assert learning_rate(79_999, 1e-5, 80_000, 1_500) == pytest.approx(1.00035e-6, rel=1e-5)
     assert learning_rate(0, 1e-4, 10, 0) == pytest.approx(1e-4)
+
+
+def test_step_schedule_of_detection():
+    """A tenth at epochs 8 and 11 of 12, after a warm-up of 500 iterations from a thousandth."""
+    rates = {0: 1e-7, 250: 5.005e-5, 500: 1e-4, 7_999: 1e-4, 8_000: 1e-5, 10_999: 1e-5, 11_000: 1e-6, 11_999: 1e-6}
+    for iteration, rate in rates.items():
+        assert learning_rate(iteration, 1e-4, 12_000, 500, "step") == pytest.approx(rate, rel=1e-6)
 
 
 def test_defaults_are_the_papers_run(monkeypatch):
@@ -201,7 +213,7 @@ def test_two_processes_see_the_batch_of_one(folders, tmp_path):
     assert last["iteration"] == 4 and len(last["random_states"]) == 2
     assert not same(*last["random_states"])  # different dropout in each
 
-    sampler = training.IterationSampler
+    sampler = IterationSampler
     whole = iter(sampler(7, seed=0))
     ranks = [iter(sampler(7, seed=0, rank=rank, world=2)) for rank in range(2)]
     for _ in range(10):
@@ -242,7 +254,7 @@ def test_non_finite_loss_stops_and_names_the_files(folders, tmp_path, capsys, mo
         small_run(folders, tmp_path, model=model)
     assert (tmp_path / "last.pt").read_bytes() == before
 
-    monkeypatch.setattr(training, "build_model", lambda *a, **k: model)
+    monkeypatch.setattr(training.denseclip, "build_model", lambda *a, **k: model)
     assert "iteration 0" in fails(capsys, monkeypatch, *arguments(folders, tmp_path / "cli"))
     assert not (tmp_path / "cli" / "last.pt").exists()
 
