@@ -436,9 +436,9 @@ def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tenso
     except Exception as error:  # the readers' own errors run over many lines and do not name the file
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path}: not a readable weights file, perhaps cut short: fetch it again ({reason})") from None
-    weights = weights.get("state_dict", weights)
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path}: expected a state dict of CLIP's weights, found {', '.join(map(str, weights))[:80]}")
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+    if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in dict(weights).items()):
+        raise ValueError(f"{path}: expected a state dict of CLIP's weights, found something else")
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     for key in ("input_resolution", "context_length", "vocab_size"):  # numbers that OpenAI's archives keep as tensors
         weights.pop(key, None)

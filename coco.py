@@ -49,13 +49,17 @@ def read_annotations(path: str | Path) -> dict[str, list[dict]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file, perhaps cut short ({error})") from None
-    needed = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id", "bbox"),
-              "categories": ("id", "name")}
+    number_or_text = (int, str)
+    needed = {
+        "images": {"id": number_or_text, "file_name": str},
+        "annotations": {"image_id": number_or_text, "category_id": int, "bbox": list},
+        "categories": {"id": int, "name": str},
+    }
     for name, keys in needed.items():
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise ValueError(f"{path}: has no list of {name!r}; COCO's format needs images, annotations and categories")
         for number, entry in enumerate(content[name]):
-            if not isinstance(entry, dict) or not set(keys) <= entry.keys():
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), t) for key, t in keys.items()):
                 raise ValueError(f"{path}: {name}[{number}] needs {', '.join(keys)}, it is {str(entry)[:80]}")
     for name, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
         value, count = Counter(entry[key] for entry in content[name]).most_common(1)[0] if content[name] else (None, 0)
@@ -132,6 +136,8 @@ class CocoDetection(torch.utils.data.Dataset):
         self.by_image = {image["id"]: [] for image in self.images}
         for annotation in self.kept:
             self.by_image[annotation["image_id"]].append(annotation)
+        if all(annotation["iscrowd"] for annotation in self.kept):
+            raise ValueError(f"{annotations}: no image has a box to train on or to score")
         if train:
             self.images = [image for image in self.images if self.by_image[image["id"]]]
             self._count("images without boxes left out of training", len(content["images"]) - len(self.images))
@@ -150,7 +156,7 @@ class CocoDetection(torch.utils.data.Dataset):
                 f"first is {absent[0]}; give the folder that belongs to it, or take them out of the file"
             )
         for image in self.images:
-            if not ("width" in image and "height" in image):
+            if not (isinstance(image.get("width"), int) and isinstance(image.get("height"), int)):
                 image["width"], image["height"] = open_image(self.path(image)).size
                 self._count("image sizes missing, read from the images")
 
@@ -175,7 +181,7 @@ class CocoDetection(torch.utils.data.Dataset):
                                  f"height] in pixels are expected")
             (x, y, w, h), (width, height) = bbox, sizes[annotation["image_id"]]
             box = [min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)]
-            crowd, segmentation = int(annotation.get("iscrowd") or 0), None
+            crowd, segmentation = int(annotation.get("iscrowd") in (1, True)), None
             if w <= 0 or h <= 0:
                 self._count("boxes of zero or negative size left out")
                 continue
@@ -184,9 +190,8 @@ class CocoDetection(torch.utils.data.Dataset):
                 continue
             if self.masks:
                 segmentation = usable_segmentation(annotation.get("segmentation"))
-                if segmentation is None:
-                    self._count("boxes without a mask left out of training" if self.train
-                                else "boxes without a mask, which do not count in mask AP")
+                if segmentation is None and not self.train:
+                    self._count("boxes without a mask, which do not count in mask AP")
             if self.train:
                 if crowd:
                     self._count("crowd regions left out of training")
@@ -195,6 +200,7 @@ class CocoDetection(torch.utils.data.Dataset):
                     self._count("boxes of less than a pixel left out of training")
                     continue
                 if self.masks and segmentation is None:
+                    self._count("boxes without a mask left out of training")
                     continue
                 if max(-x, -y, x + w - width, y + h - height) > 1:
                     self._count("boxes cut at their image's border")
@@ -239,7 +245,7 @@ class CocoDetection(torch.utils.data.Dataset):
             "image_id": entry["id"],
             "size": size,
         }
-        if self.masks:
+        if self.masks and self.train:
             masks = [decode_mask(a["segmentation"], size, path) for a in annotations]
             target["masks"] = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -268,7 +274,12 @@ def usable_segmentation(segmentation: list | dict | None) -> list | dict | None:
     """Polygons of three corners or more, or an RLE; None where nothing is left."""
     if isinstance(segmentation, dict):
         return segmentation if segmentation.get("counts") and "size" in segmentation else None
-    return [polygon for polygon in segmentation or () if len(polygon) >= 6 and len(polygon) % 2 == 0] or None
+
+    def usable(polygon: object) -> bool:
+        corners = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        return corners and all(isinstance(value, (int, float)) for value in polygon)
+
+    return [polygon for polygon in segmentation or () if usable(polygon)] or None
 
 
 def decode_mask(segmentation: list | dict | None, size: tuple[int, int], path: Path) -> np.ndarray:
@@ -386,12 +397,13 @@ def evaluate_detection(
     model.train(was_training)
 
     if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, (results, with_masks))
-        results = [result for part, _ in parts for result in part]
-        with_masks = all(has for _, has in parts)
+        parts = [None] * world if rank == 0 else None  # the others would only hold them in memory
+        dist.gather_object((results, with_masks), parts)
     metrics = [None]
-    if rank == 0:  # the same computation in all processes would only take their memory
+    if rank == 0:
+        if world > 1:
+            results = [result for part, _ in parts for result in part]
+            with_masks = all(has for _, has in parts)
         if save_results is not None:
             Path(save_results).parent.mkdir(parents=True, exist_ok=True)
             Path(save_results).write_text(json.dumps(results), encoding="utf-8")
@@ -453,7 +465,7 @@ def make_coco(images: list[dict], categories: list[dict], annotations: list[dict
     return truth
 
 
-def format_table(metrics: dict, class_names: list[str]) -> str:
+def format_ap_table(metrics: dict, class_names: list[str]) -> str:
     """The scores as text, in per cent as papers give them: a line per class, then the means ("-": nothing to find)."""
     kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
     width = max(len(name) for name in [*class_names, "medium objects"])

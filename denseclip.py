@@ -86,7 +86,7 @@ class LanguageGuidedEncoder(nn.Module):
         if num_contexts:
             self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_contexts, text_encoder.width)))
         if context_decoder is not None:
-            self.gamma = nn.Parameter(torch.full((text_encoder.embed_dim,), gamma), requires_grad=learn_gamma)
+            self.gamma = nn.Parameter(torch.full((text_encoder.embed_dim,), float(gamma)), requires_grad=learn_gamma)
         self.set_class_names(class_names)
         self.channels = list(backbone.channels)  # of the pyramid that forward returns
         if score_map:
@@ -131,8 +131,9 @@ class LanguageGuidedEncoder(nn.Module):
 
     @torch.compiler.disable  # reads version counters
     def _cached_text(self) -> Tensor:
-        # Every in-place change of a tensor raises its version, and a move to another device or type gives it new
-        # memory. The contexts, which alone are trained, are compared by value too: `p.data` changes without a version.
+        # An in-place change of a tensor raises its version, and a move to another device or type gives it new memory.
+        # Fused optimisers and `p.data` change values without a version: hence train() below, and the contexts, which
+        # alone are usually trained, are compared by value.
         tensors = [self.tokens, *self.text_encoder.parameters()]
         state = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
         fresh = self._text_cache is not None and self._text_cache[0] == state
@@ -145,6 +146,10 @@ class LanguageGuidedEncoder(nn.Module):
                 kept = None if self.contexts is None else self.contexts.detach().clone()
                 self._text_cache = (state, kept, self._encode_text())
         return self._text_cache[2]
+
+    def train(self, mode: bool = True) -> "LanguageGuidedEncoder":
+        self._text_cache = None
+        return super().train(mode)
 
     def _apply(self, fn, *args, **kwargs):  # .to(), .cuda(), .half(): memory may be used again at the same address
         self._text_cache = None
@@ -197,9 +202,9 @@ class PreModelEncoder(LanguageGuidedEncoder):
 class PlainEncoder(nn.Module):
     """The baselines without language: the backbone's pyramid as it is."""
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, class_names: list[str]):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.class_names = backbone, list(class_names)
         self.channels = list(backbone.channels)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], None, None]:
@@ -221,6 +226,10 @@ class DenseCLIP(nn.Module):
         self.neck = neck
         self.decode_head = decode_head
         self.aux_weight, self.tau = aux_weight, tau
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.encoder.class_names
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         pyramid, score_map, _ = self.encoder(images)  # Eqs. (1) to (6)
@@ -338,9 +347,10 @@ class ContextDecoder(nn.Module):
 # ------------------------------------------------------------------------------------------------ pyramid and head
 
 
-def conv(in_channels: int, out_channels: int, kernel_size: int, norm: bool = False) -> nn.Sequential:
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: bool = False) -> nn.Sequential:
     """A convolution, or [convolution, batch norm, ReLU], initialised as in the released code."""
-    layers = {"conv": nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)}
+    padding = kernel_size // 2
+    layers = {"conv": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not norm)}
     nn.init.kaiming_normal_(layers["conv"].weight, mode="fan_out", nonlinearity="relu")
     if norm:
         layers.update(bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU())
@@ -500,13 +510,15 @@ def build_model(
     if head not in HEADS:
         raise ValueError(f"no head named {head!r}: choose one of {', '.join(HEADS)}")
     encoder = build_encoder(name, class_names, clip, **encoder_settings)
+    if isinstance(encoder, LanguageGuidedEncoder) and not (aux_weight or encoder.join_score_map):
+        raise ValueError('with neither score map nor auxiliary loss language has no effect: that is prompting="none"')
     channels = PRESETS[name].channels
     if head == "fpn":
         neck, decode_head = FPN(encoder.channels, channels), SemanticFPNHead(len(class_names), channels)
     else:
         neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * channels)
     model = DenseCLIP(encoder, neck, decode_head, aux_weight, tau)
-    model.name, model.class_names = name, list(class_names)
+    model.name = name
     model.settings = {"head": head, "aux_weight": aux_weight, "tau": tau, **encoder.settings}
     model.crop_size = encoder.settings["crop_size"]
     return model
@@ -557,19 +569,26 @@ def build_encoder(
     check_class_names(class_names)
     preset = PRESETS[name]
     a = preset.architecture
-    crop_size = crop_size or preset.crop_size
+    crop_size = preset.crop_size if crop_size is None else crop_size
     drop_path = preset.drop_path if drop_path is None else drop_path
-    decoder_layers = decoder_layers or (6 if prompting == "pre" else 3)
-    settings = locals().copy()  # what the architecture follows from
-    for key in ("name", "class_names", "clip", "backbone_weights", "preset", "a"):
-        del settings[key]
+    decoder_layers = (6 if prompting == "pre" else 3) if decoder_layers is None else decoder_layers
+    for what, value, least in (("crop_size", crop_size, 32), ("decoder_layers", decoder_layers, 1),
+                               ("num_contexts", num_contexts, 1)):
+        if value < least:
+            raise ValueError(f"{what} is {value}, it has to be at least {least}")
+    settings = {
+        "backbone": type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone,
+        "prompting": prompting, "num_contexts": num_contexts, "decoder_layers": decoder_layers, "gamma": gamma,
+        "learn_gamma": learn_gamma, "score_map": score_map, "score_temperature": score_temperature,
+        "crop_size": crop_size, "drop_path": drop_path, "context_length": context_length, "quick_gelu": quick_gelu,
+        "double_class_embedding": double_class_embedding, "crop_positions": crop_positions,
+    }
 
     embed_dim = 0 if prompting == "none" else a.embed_dim
     if isinstance(backbone, nn.Module):
-        settings["backbone"] = type(backbone).__name__  # such a model is rebuilt by the code that made the module
-        image_encoder = backbone
+        image_encoder = backbone  # such a model is rebuilt by the code that made the module
     elif backbone is not None:
-        from backbones import build_backbone  # the one place that needs torchvision
+        from backbones import build_backbone
 
         image_encoder = build_backbone(backbone, backbone_weights, embed_dim, crop_size)
     elif a.patch_size:
@@ -587,7 +606,7 @@ def build_encoder(
         image_encoder = ResNet(a.layers, a.width, embed_dim, crop_size, crop_positions)
 
     if prompting == "none":
-        encoder = PlainEncoder(image_encoder)
+        encoder = PlainEncoder(image_encoder, class_names)
     else:
         text = TextEncoder(a.embed_dim, a.text_width, a.text_layers, context_length, a.vocab_size, quick_gelu)
         sizes = {"width": preset.decoder_width, "layers": decoder_layers}
@@ -685,12 +704,13 @@ def read_checkpoint(path: str | Path, unsafe: bool = False) -> dict:
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: holds more than tensors and built-ins, or is not a checkpoint. If you trust where it comes from, "
-            "load_checkpoint(path, unsafe=True) reads it, running whatever code it holds"
+            "load_checkpoint(path, unsafe=True), or eval.py --unsafe, reads it, running whatever code it holds"
         ) from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path}: not a readable checkpoint, perhaps cut short: copy it again ({reason})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "state_dict"} & checkpoint.keys():
+    ours = {"name", "settings", "class_names", "model"}
+    if not isinstance(checkpoint, dict) or not (ours <= checkpoint.keys() or "state_dict" in checkpoint):
         raise ValueError(f"{path}: expected a checkpoint of train.py or of the released code, with weights in it")
     return checkpoint
 
@@ -708,10 +728,15 @@ def restore_model(checkpoint: dict, path: str | Path, class_names: list[str] | N
     if "settings" in checkpoint:
         name, weights, settings = checkpoint["name"], checkpoint["model"], checkpoint["settings"]
         class_names = checkpoint["class_names"]
+        if name not in PRESETS:
+            raise ValueError(f"{path}: {name!r} is no segmentation model; detection.load_checkpoint reads detectors")
     else:
         name, weights, settings = from_released(checkpoint["state_dict"], path)
         class_names = released_class_names(checkpoint, len(weights["decode_head.conv_seg.weight"]), path, class_names)
-    model = build_model(name, class_names, **settings)
+    try:
+        model = build_model(name, class_names, **settings)
+    except TypeError as error:
+        raise ValueError(f"{path}: a setting that this version does not know, is it newer? ({error})") from None
     load_weights(model, weights, str(path))
     return model.eval()
 
@@ -745,7 +770,7 @@ def read_released_encoder(state_dict: dict[str, Tensor], path: str | Path) -> tu
 
 def released_class_names(checkpoint: dict, expected: int, path: str | Path, given: list[str] | None) -> list[str]:
     """The names that a released checkpoint holds, unless others are given; they must be as many as the model's."""
-    class_names = given or list(checkpoint.get("meta", {}).get("CLASSES") or [])
+    class_names = given or list((checkpoint.get("meta") or {}).get("CLASSES") or [])
     if len(class_names) != expected:
         raise ValueError(f"{path}: a model of {expected} classes, but {len(class_names)} names; give class_names")
     return class_names

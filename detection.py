@@ -38,7 +38,7 @@ from torchvision.ops.poolers import LevelMapper
 
 import denseclip
 from clip_model import MEAN, STD, load_weights
-from denseclip import FPN, build_encoder, read_checkpoint, read_released_encoder, released_class_names, resize
+from denseclip import FPN, build_encoder, conv, read_checkpoint, read_released_encoder, released_class_names, resize
 
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100  # of the detections that come out, for an image
 
@@ -63,6 +63,10 @@ class Detector(nn.Module):
         self.neck = neck
         self.head = head
         self.tau, self.aux_weight = tau, aux_weight
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.encoder.class_names
 
     def forward(
         self,
@@ -140,7 +144,7 @@ def box_map(boxes: Tensor, labels: Tensor, num_classes: int, height: int, width:
     rows, columns = (torch.arange(n, device=boxes.device) for n in (height, width))
     rows, columns = (rows >= y1) & (rows < y2), (columns >= x1) & (columns < x2)
     classes = F.one_hot(labels, num_classes)
-    return torch.einsum("nk,nh,nw->khw", classes.float(), rows.float(), columns.float()).clamp(max=1)
+    return torch.einsum("nk,nh,nw->khw", classes.float(), rows.float(), columns.float()).clamp(max=1).float()
 
 
 def check_images(images: list[Tensor]) -> None:
@@ -180,8 +184,8 @@ class RetinaNetFPN(FPN):
 
     def __init__(self, in_channels: list[int], channels: int = 256):
         super().__init__(in_channels[1:], channels)
-        self.p6 = nn.Conv2d(in_channels[-1], channels, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.p6 = conv(in_channels[-1], channels, 3, stride=2).conv
+        self.p7 = conv(channels, channels, 3, stride=2).conv
 
     def forward(self, pyramid: list[Tensor]) -> OrderedDict[str, Tensor]:
         p6 = self.p6(pyramid[-1])
@@ -572,7 +576,7 @@ def build_model(
     encoder = build_encoder(encoder_name, class_names, clip, **settings)
     channels = denseclip.PRESETS[encoder_name].channels
     model = Detector(encoder, neck(encoder.channels, channels), head(len(class_names), channels), tau, aux_weight)
-    model.name, model.class_names = name, list(class_names)
+    model.name = name
     model.settings = {"aux_weight": aux_weight, "tau": tau, **encoder.settings}
     return model
 

@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 import denseclip
 import detection
-from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco
-from coco import format_table as format_detection_table
+from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
 from data import EvalTransform, SegmentationDataset, find_split, read_classes, resize_keep_ratio
 from denseclip import read_checkpoint
 
@@ -223,6 +222,10 @@ def start_process(device: str | None = None) -> tuple[int, int, torch.device]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: expected cpu, cuda or cuda:1, for instance") from None
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, torch.device(device)
     if device == "cuda":
@@ -276,6 +279,8 @@ def main() -> None:
     listed, colours = read_classes(args.classes) if args.classes else (None, None)
     checkpoint = read_checkpoint(args.checkpoint, args.unsafe)
     detects = detection.is_detector(checkpoint)
+    meaningless = ("multi_scale", "save_masks", "ignore_index", "zero_ignored") if detects else ("save_results",)
+    refuse_options(args, parser, meaningless, args.checkpoint)
     restore_model = detection.restore_model if detects else denseclip.restore_model
     model = restore_model(checkpoint, args.checkpoint, listed).to(device)  # a released file may hold no names
     names, trained = model.class_names, checkpoint.get("arguments", {})
@@ -292,7 +297,7 @@ def main() -> None:
         if rank == 0:
             print(dataset.summary())
         metrics = evaluate_detection(model, dataset, device, save_results=args.save_results, workers=args.workers)
-        table, headline = format_detection_table(metrics, names), f"box AP {metrics['box_ap']:.4f}"
+        table, headline = format_ap_table(metrics, names), f"box AP {metrics['box_ap']:.4f}"
     else:
         images, masks = args.val or find_split(args.data or "data/ADEChallengeData2016", "val")
         zero_ignored = is_ade20k(masks) if args.zero_ignored is None else args.zero_ignored
@@ -304,7 +309,17 @@ def main() -> None:
         print(f"{table}\n\n{headline} on {len(dataset)} images of {images}")
         if args.json:
             scores = {"images": len(dataset), "class_names": names, **to_json(metrics)}
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+def refuse_options(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, names: tuple[str, ...], what: str
+) -> None:
+    """A ValueError if one of these options was given, which have no meaning here."""
+    given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} has no meaning for {what}; leave it out")
 
 
 def check_classes(checkpoint: str | Path, names: list[str], listed_in: str, listed: list[str]) -> None:

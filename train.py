@@ -23,7 +23,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -37,11 +37,19 @@ from tqdm import tqdm
 import denseclip
 import detection
 from clip_model import ARCHITECTURES
-from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco
-from coco import format_table as format_detection_table
+from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
 from data import EvalTransform, SegmentationDataset, TrainTransform, find_split, read_classes
 from denseclip import HEADS, PROMPTING, build_encoder, read_checkpoint, save_checkpoint
-from eval import check_classes, evaluate, format_table, is_ade20k, run_script, start_process, to_json
+from eval import (
+    check_classes,
+    evaluate,
+    format_table,
+    is_ade20k,
+    refuse_options,
+    run_script,
+    start_process,
+    to_json,
+)
 
 
 @dataclass
@@ -59,6 +67,8 @@ class Recipe:
     seed: int = 0
     short_side: int = 512  # pixels; images are resized to fit (2048, short_side), in training times U(0.5, 2)
     schedule: str = "poly"  # detection: "step"
+    ignore_index: int = 255  # of masks, see SegmentationDataset
+    zero_ignored: bool = False
     text_lr_multiplier: float = 0.0  # 0: the text encoder is frozen
 
 
@@ -170,7 +180,7 @@ def train(
         raise ValueError(f"--batch-size {recipe.batch_size} does not divide over {world} process(es) x "
                          f"--accumulate {accumulate}")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = isinstance(train_set, SegmentationDataset)  # a detector's sizes always change
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()  # the layout convolutions prefer
@@ -186,12 +196,14 @@ def train(
         check_resume(resume, checkpoint, model, recipe, len(train_set))
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start, best = checkpoint["iteration"], checkpoint["best"]
+        start, best = checkpoint["iteration"], checkpoint["best"] if resume.parent == out else -1.0
         if len(checkpoint["random_states"]) == world:
             restore_random_state(checkpoint["random_states"][rank], device)
         elif rank == 0:
             print(f"{resume} is from {len(checkpoint['random_states'])} processes, these are {world}: schedule and "
                   "samples go on as they would have, dropout draws anew")
+
+        del checkpoint
 
     sampler = train_set.sampler(recipe.batch_size, recipe.seed, rank, world, start * recipe.batch_size)
     loader = DataLoader(train_set, micro_batch, sampler=sampler, num_workers=workers, collate_fn=train_set.collate,
@@ -199,7 +211,8 @@ def train(
     batches = iter(loader)
     network = model
     if world > 1:
-        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        devices = [device.index] if device.type == "cuda" else None
+        network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     board = summary_writer(out) if rank == 0 else None
     sums, clock, last_logged, metrics = {}, time.perf_counter(), start, {}
@@ -336,14 +349,14 @@ def parse_arguments() -> argparse.Namespace:
            "them, a file, or none: random (default: %(default)s)")
     option("--head", choices=HEADS, default="fpn", help="default: %(default)s")
     option("--set", nargs="+", default=[], metavar="NAME=VALUE", help="more settings of denseclip.build_encoder, such "
-           "as num_contexts=16 decoder_layers=6 gamma=1.0 learn_gamma=false score_map=false, or aux_weight=0")
+           "as num_contexts=16 decoder_layers=6 gamma=1.0 learn_gamma=false score_map=false")
     option = parser.add_argument_group("data").add_argument
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
     option("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data; for a detector a "
            "folder and a JSON file in COCO's format")
     option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="likewise")
-    option("--classes", default="ade20k", metavar="LIST", help="a list in classes/ or a file (default: %(default)s); a "
-           "detector takes the JSON file's categories")
+    option("--classes", metavar="LIST", help="a list in classes/ or a file (default: ROOT/classes.txt, or ade20k in "
+           "ADE20K's layout); a detector takes the JSON file's categories")
     option("--ignore-index", type=int, default=255, metavar="VALUE", help="mask value to ignore, besides 255")
     option("--zero-ignored", action=argparse.BooleanOptionalAction,
            help="mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)")
@@ -373,6 +386,9 @@ def parse_arguments() -> argparse.Namespace:
     option("--workers", type=int, default=4, help="loader processes for each process (default: %(default)s)")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     args = parser.parse_args()
+    if args.model in detection.PRESETS:
+        meaningless = ("demo", "classes", "ignore_index", "zero_ignored", "head", "crop_size")
+        refuse_options(args, parser, meaningless, f"--model {args.model}")
     if args.demo:  # the demo's values are defaults as well: options given beside --demo win
         import demo
 
@@ -386,22 +402,23 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def parse_settings(pairs: list[str]) -> dict:
+def parse_settings(pairs: list[str], build: Callable) -> dict:
     """["gamma=1.0", "score_map=false"] -> {"gamma": 1.0, "score_map": False}, in build_model's names and types."""
-    parameters = {**inspect.signature(denseclip.build_model).parameters, **inspect.signature(build_encoder).parameters}
-    known = {name: p.default for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+    own_options = {"head", "prompting", "backbone", "backbone_weights"}
+    parameters = {**inspect.signature(build).parameters, **inspect.signature(build_encoder).parameters}
+    known = {n: p.annotation for n, p in parameters.items() if p.kind == p.KEYWORD_ONLY and n not in own_options}
     settings = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in known:
             raise ValueError(f"--set {pair}: no setting named {name!r}; choose from {', '.join(sorted(known))}")
-        try:
-            settings[name] = json.loads(text)
-        except ValueError:
-            settings[name] = text
-        expected = {bool: bool, float: (int, float), int: int}.get(type(known[name]), object)
-        if not isinstance(settings[name], expected) or (type(settings[name]) is bool) != (expected is bool):
-            raise ValueError(f"--set {pair}: expected a value like {name}={json.dumps(known[name])}")
+        kind = known[name]
+        with contextlib.suppress(ValueError):
+            text = json.loads(text)
+        value = float(text) if type(text) is int and isinstance(0.0, kind) else text
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"--set {pair}: {name} is {getattr(kind, '__name__', kind)}")
+        settings[name] = value
     return settings
 
 
@@ -410,7 +427,7 @@ def main() -> None:
     out = Path(args.out)
     detects = args.model in detection.PRESETS
     for name in ("iterations", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
-        if getattr(args, name) < 1 and not (detects and name == "iterations"):
+        if getattr(args, name) < (0 if detects and name == "iterations" else 1):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it has to be at least 1")
     resume = Path(args.resume) if args.resume else out / "last.pt" if args.resume == "" else None
     if resume and not resume.is_file():
@@ -430,20 +447,22 @@ def main() -> None:
     preset = denseclip.PRESETS[detection.PRESETS[args.model].encoder if detects else args.model]
     clip = args.clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), "none")
     unused = args.backbone and args.prompting == "none"  # neither of CLIP's encoders
-    clip = None if clip == "none" or unused else clip
+    # One process fetches and reads weights, the others get them from it; a resumed run has its own.
+    reads = rank == 0 and not resume
+    clip = clip if reads and clip != "none" and not unused else None
     settings = {
         "prompting": args.prompting, "backbone": args.backbone,
-        "backbone_weights": None if args.backbone_weights == "none" else args.backbone_weights,
-        **({} if detects else {"head": args.head}), **({"crop_size": args.crop_size} if args.crop_size else {}),
-        **parse_settings(args.set),
+        "backbone_weights": args.backbone_weights if reads and args.backbone_weights != "none" else None,
+        **({} if detects else {"head": args.head, "crop_size": args.crop_size}),
+        **parse_settings(args.set, detection.build_model if detects else denseclip.build_model),
     }
-    recipe = Recipe(
-        args.iterations, args.batch_size, args.lr, args.weight_decay, args.backbone_lr_multiplier, args.warmup,
-        args.clip_grad, args.precision, args.seed, args.short_side or args.crop_size or preset.crop_size,
-        "step" if detects else "poly", args.text_lr_multiplier,
-    )
     train_images, train_labels = args.train or (find_coco if detects else find_split)(args.data, "train")
     val_images, val_labels = args.val or (find_coco if detects else find_split)(args.data, "val")
+    args.schedule = "step" if detects else "poly"
+    args.short_side = args.short_side or settings.get("crop_size") or preset.crop_size
+    if args.zero_ignored is None:
+        args.zero_ignored = not detects and is_ade20k(train_labels)
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
 
     if detects:
         limits, masks = detection_limits(recipe.short_side), args.model.startswith("mask")
@@ -459,16 +478,19 @@ def main() -> None:
         def score_model(model: nn.Module) -> dict:
             return evaluate_detection(model, val_set, device, workers=args.workers)
     else:
-        class_names, _ = read_classes(args.classes)
+        listed = Path(args.data) / "classes.txt"
+        if args.classes is None and (args.train or not (listed.is_file() or is_ade20k(train_labels))):
+            raise ValueError(f"--classes is missing: the names of the classes in {train_labels}, a file of one a line")
+        class_names, _ = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
         model = denseclip.build_model(args.model, class_names, clip, **settings)
         transform = TrainTransform(model.crop_size, (2048, recipe.short_side))
-        zero_ignored = is_ade20k(train_labels) if args.zero_ignored is None else args.zero_ignored
-        meaning, k = {"ignore_index": args.ignore_index, "zero_ignored": zero_ignored}, len(class_names)
-        train_set = SegmentationDataset(train_images, train_labels, k, transform, **meaning)
-        val_set = SegmentationDataset(val_images, val_labels, k, EvalTransform(None), **meaning)
+        meaning = (recipe.ignore_index, recipe.zero_ignored)
+        train_set = SegmentationDataset(train_images, train_labels, len(class_names), transform, *meaning)
+        val_set = SegmentationDataset(val_images, val_labels, len(class_names), EvalTransform(None), *meaning)
 
         def score_model(model: nn.Module) -> dict:
             return evaluate(model, val_set, device, short_side=recipe.short_side, workers=args.workers)
+    val_set[0]  # a wrong set is found here, not at the first evaluation
     if args.text_lr_multiplier and args.prompting != "none":
         model.encoder.text_encoder.requires_grad_()
 
@@ -485,6 +507,8 @@ def main() -> None:
         })
         print(f"{model.name}, {len(class_names)} classes, {len(train_set)} training and {len(val_set)} validation "
               f"images, {world} x {device}, writing to {out}")
+        if recipe.zero_ignored:
+            print("mask value 0 is ignored and 1 is the first class; --no-zero-ignored if yours begin with 0")
         for dataset in (train_set, val_set) if detects else ():
             print(dataset.summary())  # what had to be left out or repaired
     try:
@@ -498,10 +522,11 @@ def main() -> None:
                                 if (out / "last.pt").exists() else "nothing was saved yet") from None
     if rank == 0:
         if metrics:
-            print((format_detection_table if detects else format_table)(metrics, class_names))
+            print((format_ap_table if detects else format_table)(metrics, class_names))
         print(f"weights: {out / 'best.pt'} (best score), {out / 'last.pt'}; log: {out / 'log.jsonl'}")
         if args.demo:
-            demo.show(denseclip.load_checkpoint(out / "best.pt"), val_set, out)
+            best = read_checkpoint(out / "best.pt")
+            demo.show(denseclip.restore_model(best, out / "best.pt"), best["best"], val_set, out)
 
 
 if __name__ == "__main__":

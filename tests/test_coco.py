@@ -22,7 +22,7 @@ from coco import (
     DetectionTransform,
     GroupedSampler,
     evaluate_detection,
-    format_table,
+    format_ap_table,
     read_class_names,
 )
 from detection import build_model
@@ -135,8 +135,8 @@ def test_classes_come_in_the_models_order(content, tmp_path):
 
 def test_a_flip_turns_image_boxes_and_masks(content, tmp_path):
     paths = save(tmp_path, content)
-    image, target, _ = CocoDetection(*paths, DetectionTransform((96, 64)), masks=True)[0]
-    turned, turned_target, _ = CocoDetection(*paths, DetectionTransform((96, 64), flip=1.0), masks=True)[0]
+    image, target, _ = CocoDetection(*paths, DetectionTransform((96, 64)), masks=True, train=True)[0]
+    turned, turned_target, _ = CocoDetection(*paths, DetectionTransform((96, 64), flip=1.0), masks=True, train=True)[0]
     torch.testing.assert_close(turned, image.flip(2))
     assert torch.equal(turned_target["masks"], target["masks"].flip(2))
     mirrored = (target["boxes"] - torch.tensor([96.0, 0, 96, 0])).abs()[:, [2, 1, 0, 3]]
@@ -146,7 +146,7 @@ def test_a_flip_turns_image_boxes_and_masks(content, tmp_path):
 def test_images_are_resized_as_released(content, tmp_path):
     content["images"] = content["images"][:1]
     content["annotations"] = content["annotations"][:3]
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((1333, 800)), masks=True)
+    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((1333, 800)), masks=True, train=True)
     image, target, _ = dataset[0]
     assert image.shape == (3, 800, 1200) and target["masks"].shape == (3, 800, 1200)
     torch.testing.assert_close(target["boxes"], torch.tensor([a["box"] for a in dataset.kept]) * 12.5)
@@ -177,12 +177,12 @@ def test_polygons_and_both_kinds_of_rle_are_read(content, tmp_path):
     ]
     for annotation, segmentation in zip(content["annotations"], shapes, strict=True):
         annotation.update(segmentation=segmentation, bbox=[20, 10, 30, 20])
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((96, 64)), masks=True)
+    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((96, 64)), masks=True, train=True)
     for found in dataset[0][1]["masks"]:
         assert torch.equal(found, torch.from_numpy(mask))
     content["annotations"][2]["segmentation"]["size"] = [96, 64]
     with pytest.raises(ValueError, match="0.png: the image has \\(64, 96\\)"):
-        CocoDetection(*save(tmp_path, content), DetectionTransform(), masks=True)[0]
+        CocoDetection(*save(tmp_path, content), DetectionTransform(), masks=True, train=True)[0]
 
 
 def test_crowds_and_images_without_boxes_are_evaluated_but_not_trained_on(content, tmp_path):
@@ -310,7 +310,7 @@ def test_perfect_predictions_score_1_and_none_score_0(masks, content, tmp_path):
         assert metrics[f"{kind}_ap"] == pytest.approx(1.0) and nothing[f"{kind}_ap"] == 0.0
         assert metrics[f"{kind}_ap_per_class"].tolist() == pytest.approx([1.0] * 3)
         assert nothing[f"{kind}_ap50"] == 0.0 and metrics[f"{kind}_ap_large"] != metrics[f"{kind}_ap_large"]  # nan
-    table = format_table(metrics, dataset.class_names)
+    table = format_ap_table(metrics, dataset.class_names)
     assert "square" in table and "100.00" in table and len(table.splitlines()) == 12
 
 
@@ -405,3 +405,31 @@ def test_one_image_can_be_learnt(name, iterations, tmp_path):
     assert model.training and metrics["box_ap"] > 0.9
     if "mask" in name:
         assert metrics["mask_ap"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("images", {"file_name": 3}, r"images\[0\] needs id, file_name"),
+        ("annotations", {"bbox": None}, r"annotations\[0\] needs image_id, category_id, bbox"),
+        ("annotations", {"category_id": [1]}, r"annotations\[0\] needs"),
+        ("categories", {"name": None}, r"categories\[0\] needs id, name"),
+    ],
+)
+def test_entries_of_wrong_types_are_named(content, tmp_path, kind, change, message):
+    content[kind][0].update(change)
+    with pytest.raises(ValueError, match=message):
+        CocoDetection(*save(tmp_path, content), DetectionTransform())
+
+
+def test_polygons_that_are_none_leave_their_box_without_a_mask(content, tmp_path):
+    for annotation, polygon in zip(content["annotations"], ([1, 2, 30, 2, 30, 30], [[[1, 2], [3, 4]]]), strict=False):
+        annotation["segmentation"] = polygon
+    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform(), masks=True, train=True)
+    assert dataset.repairs["boxes without a mask left out of training"] >= 2
+
+
+def test_a_set_without_boxes_cannot_be_scored(content, tmp_path):
+    content["annotations"] = []
+    with pytest.raises(ValueError, match="no image has a box"):
+        CocoDetection(*save(tmp_path, content), DetectionTransform())

@@ -111,8 +111,8 @@ def test_text_is_encoded_once_for_a_class_list(mode):
 
 
 @torch.enable_grad()
-def fine_tune(model):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
+def fine_tune(model, **options):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, **options)
     model.train()
     sum(model(torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))).values()).backward()
     optimizer.step()
@@ -123,6 +123,7 @@ def fine_tune(model):
     "change",
     [
         fine_tune,
+        lambda m: fine_tune(m.requires_grad_(), fused=True),
         lambda m: m.load_state_dict(build_model("tiny", NAMES).state_dict()),
         lambda m: m.load_state_dict(build_model("tiny", NAMES).state_dict(), assign=True),
         lambda m: m.encoder.contexts.data.add_(1),
@@ -130,7 +131,7 @@ def fine_tune(model):
         lambda m: m.encoder.set_class_names(["cat", "dog", "horse"]),
         lambda m: m.double(),
     ],
-    ids=["a training step", "loading", "loading by assignment", "data", "in place", "class names", "double"],
+    ids=["training", "fused training", "loading", "assignment", "data", "in place", "class names", "double"],
 )
 def test_cached_text_is_never_stale(change):
     torch.manual_seed(0)
@@ -141,7 +142,7 @@ def test_cached_text_is_never_stale(change):
         change(model)
         after = model.encoder.embed_class_names(memory)
         fresh = model.encoder._encode_text()
-    assert torch.equal(after, fresh) and (after.dtype != before.dtype or not torch.equal(after, before))
+    assert torch.allclose(after, fresh, atol=1e-6) and (after.dtype != before.dtype or not torch.equal(after, before))
 
 
 def test_cached_text_is_full_precision_under_autocast():
@@ -181,6 +182,23 @@ def test_a_wrong_setting_raises():
         build_model("rn51", NAMES)
     with pytest.raises(TypeError, match="gama"):
         build_model("tiny", NAMES, gama=1.0)
+
+
+def test_settings_without_a_meaning_raise():
+    with pytest.raises(ValueError, match="language has no effect"):
+        build_model("tiny", NAMES, score_map=False, aux_weight=0)
+    model = build_model("tiny", NAMES, aux_weight=0)
+    assert "aux_loss" not in model(torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.long))
+    for setting in ({"decoder_layers": 0}, {"num_contexts": -1}, {"crop_size": 16}):
+        with pytest.raises(ValueError, match="it has to be at least"):
+            build_model("tiny", NAMES, **setting)
+    assert build_model("tiny", NAMES, gamma=1).encoder.gamma.dtype == torch.float32
+
+
+def test_class_names_are_the_encoders():
+    model = build_model("tiny", NAMES)
+    model.encoder.set_class_names(["cat", "dog", "horse"])
+    assert model.class_names == ["cat", "dog", "horse"]
 
 
 def test_encoder_stands_alone():
@@ -290,7 +308,8 @@ def test_unreadable_checkpoints_are_named(tmp_path):
     (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:50_000])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("half.pt", "text.pt", "list.pt", "none.pt"):
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    for name in ("half.pt", "text.pt", "list.pt", "none.pt", "other.pt"):
         with pytest.raises((ValueError, FileNotFoundError), match=name) as error:
             load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -329,7 +348,7 @@ def test_equations_of_the_readme_stand_in_the_code():
     """Each row of the README's table of equations names the place where the code says that equation's number."""
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| \((\d)\) .*\| `(\w+\.py)`: `([\w.]+)` *\|$", readme, re.M)
-    assert {number for number, _, _ in rows} >= {"1", "2", "3", "4", "5", "6", "7"}
+    assert {number for number, _, _ in rows} >= set("12345678")
     for number, file, place in rows:
         source = (ROOT / file).read_text()
         *outer, last = place.split(".")

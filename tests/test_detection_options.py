@@ -48,7 +48,7 @@ def run(script, monkeypatch, *options):
     script.main()
 
 
-@pytest.mark.parametrize("name", ["retinanet_tiny", "mask_rcnn_tiny"])
+@pytest.mark.parametrize("name", ["retinanet_tiny", pytest.param("mask_rcnn_tiny", marks=pytest.mark.slow)])
 def test_trains_resumes_and_is_scored_by_options(name, root, tmp_path, monkeypatch, capsys):
     options = ["--model", name, "--data", root, "--batch-size", 2, "--short-side", 96, "--lr", 1e-3, "--warmup", 2,
                "--workers", 0, "--device", "cpu", "--iterations", 4, "--save-every", 2]
@@ -92,3 +92,11 @@ def test_a_detectors_iterations_are_twelve_epochs(root, tmp_path, monkeypatch):
     assert [(r.iterations, r.batch_size, r.lr, r.warmup, r.short_side) for r in recipes] == [
         (48, 2, 1e-4, 500, 800), (5, 16, 2e-4, 500, 800),
     ]
+
+
+@pytest.mark.parametrize("option", [("--crop-size", 64), ("--head", "upernet"), ("--classes", "voc"), ("--demo",)])
+def test_options_without_a_meaning_for_detectors_are_refused(option, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=f"{option[0]} has no meaning for --model retinanet_tiny"):
+        run(training, monkeypatch, "--model", "retinanet_tiny", *option, "--out", tmp_path)
+    with pytest.raises(ValueError, match="no setting named 'head'"):
+        run(training, monkeypatch, "--model", "retinanet_tiny", "--set", "head=upernet", "--out", tmp_path)
