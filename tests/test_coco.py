@@ -417,7 +417,7 @@ def test_one_image_can_be_learnt(name, iterations, tmp_path):
     ],
 )
 def test_entries_of_wrong_types_are_named(content, tmp_path, kind, change, message):
-    content[kind][0].update(change)
+    content[kind] = [{**content[kind][0], **change}, *content[kind][1:]]  # the list is shared between tests
     with pytest.raises(ValueError, match=message):
         CocoDetection(*save(tmp_path, content), DetectionTransform())
 
