@@ -127,8 +127,7 @@ class CocoDetection(torch.utils.data.Dataset):
                             for text, names in (("only in the file:", extra), ("only in the model:", missing)) if names)
             )
         self.category_ids = [ids[name] for name in self.class_names]
-        if masks:
-            pycocotools()
+        pycocotools()  # missing, it should be missed now and not at the first evaluation
 
         self.images = content["images"]
         self._check_images()

@@ -85,7 +85,7 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
     state = "no such folder" if not root.is_dir() else f"found only {', '.join(found)}" if found else "no data set here"
     raise FileNotFoundError(
         f"{root}: {state}; expected images/{ade20k} and annotations/{ade20k} (ADE20K), or images/{split} and "
-        f"masks/{split}; `python data.py --root data` downloads ADE20K to data/ADEChallengeData2016"
+        f"masks/{split}; or give --{split} IMAGES MASKS; `python data.py --root data` downloads ADE20K"
     )
 
 

@@ -23,6 +23,7 @@ For a ResNet H4 = H / 32; for a ViT it is H / patch size, and x3 is the map that
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -702,8 +703,10 @@ def read_checkpoint(path: str | Path, unsafe: bool = False) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=not unsafe)
     except pickle.UnpicklingError:
+        if not zipfile.is_zipfile(path) and Path(path).read_bytes()[:1] != b"\x80":  # neither of torch.save's formats
+            raise ValueError(f"{path}: not a checkpoint, or cut short") from None
         raise ValueError(
-            f"{path}: holds more than tensors and built-ins, or is not a checkpoint. If you trust where it comes from, "
+            f"{path}: holds more than tensors and built-ins. If you trust where it comes from, "
             "load_checkpoint(path, unsafe=True), or eval.py --unsafe, reads it, running whatever code it holds"
         ) from None
     except Exception as error:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import denseclip
 import detection
 from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
-from data import EvalTransform, SegmentationDataset, find_split, read_classes, resize_keep_ratio
+from data import EvalTransform, SegmentationDataset, find_split, made_up_colour, read_classes, resize_keep_ratio
 from denseclip import read_checkpoint
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale protocol, each also flipped
@@ -268,10 +268,12 @@ def main() -> None:
     option("--multi-scale", action="store_true", help="scales 0.5 to 1.75, each also flipped")
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: as in training)")
     option = parser.add_argument_group("output and machine").add_argument
-    option("--save-masks", metavar="DIR", help="write the predicted masks there as palette PNGs")
+    option("--save-masks", metavar="DIR", help="write the predicted masks there as PNGs of class indices, in the "
+           "colours of --classes or made-up ones")
     option("--save-results", metavar="FILE", help="write a detector's results there, in COCO's JSON format")
     option("--json", metavar="FILE", help="write the scores there")
-    option("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
+    option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images (default: 4, "
+           "or the number of cores if fewer)")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     args = parser.parse_args()
 
@@ -287,6 +289,7 @@ def main() -> None:
     del checkpoint
     if listed:
         check_classes(args.checkpoint, names, args.classes, listed)
+    colours = colours or [made_up_colour(k) for k in range(len(names))]
     short_side = args.short_side or trained.get("short_side")
 
     if detects:

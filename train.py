@@ -18,6 +18,7 @@ import contextlib
 import inspect
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -336,8 +337,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="draw a data set, train on it, show what came out")
     option = parser.add_argument_group("model").add_argument
-    option("--model", default="rn50", metavar="NAME", choices=[*denseclip.PRESETS, *detection.PRESETS],
-           help="%(choices)s (default: %(default)s)")
+    option("--model", default="rn50", metavar="NAME",
+           help=f"{', '.join([*denseclip.PRESETS, *detection.PRESETS])} (default: %(default)s)")
     option("--clip", metavar="NAME", help="CLIP weights: a name such as RN50, a file, or none: random (default: the "
            "preset's)")
     option("--crop-size", type=int, metavar="PIXELS", help="training crop and test window (default: the preset's)")
@@ -383,7 +384,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--eval-every", type=int, default=8_000, metavar="ITERATIONS", help="default: %(default)s")
     option("--save-every", type=int, default=1_000, metavar="ITERATIONS", help="last.pt (default: %(default)s)")
     option("--log-every", type=int, default=50, metavar="ITERATIONS", help="default: %(default)s")
-    option("--workers", type=int, default=4, help="loader processes for each process (default: %(default)s)")
+    option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes for each process "
+           "(default: 4, or the number of cores if fewer)")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     args = parser.parse_args()
     if args.model in detection.PRESETS:
@@ -426,6 +428,10 @@ def main() -> None:
     args = parse_arguments()
     out = Path(args.out)
     detects = args.model in detection.PRESETS
+    if not detects and args.model not in denseclip.PRESETS:
+        raise ValueError(f"--model {args.model}: choose one of {', '.join([*denseclip.PRESETS, *detection.PRESETS])}")
+    if args.train and not args.val:
+        raise ValueError("--train needs --val, too: two folders of images and masks to score the model on")
     for name in ("iterations", "batch_size", "accumulate", "eval_every", "save_every", "log_every"):
         if getattr(args, name) < (0 if detects and name == "iterations" else 1):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it has to be at least 1")
@@ -507,7 +513,7 @@ def main() -> None:
         })
         print(f"{model.name}, {len(class_names)} classes, {len(train_set)} training and {len(val_set)} validation "
               f"images, {world} x {device}, writing to {out}")
-        if recipe.zero_ignored:
+        if recipe.zero_ignored and not args.demo:
             print("mask value 0 is ignored and 1 is the first class; --no-zero-ignored if yours begin with 0")
         for dataset in (train_set, val_set) if detects else ():
             print(dataset.summary())  # what had to be left out or repaired
