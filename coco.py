@@ -4,7 +4,7 @@ A set is a folder of images and one JSON file with "images", "annotations" and "
 category of the same name; where no model says otherwise, categories come in the order of their ids. From here on images
 are (3, H, W) float RGB in [0, 1] (the model normalises and pads), boxes are (x1, y1, x2, y2) in pixels, labels 0-based.
 
-Masks and AP need pycocotools (pip install pycocotools).
+Needs pycocotools (pip install pycocotools).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def pycocotools():
     try:
         from pycocotools import coco, cocoeval, mask
     except ImportError:
-        raise ValueError("masks and AP need pycocotools, which is not installed: pip install pycocotools") from None
+        raise ValueError("detection needs pycocotools, which is not installed: pip install pycocotools") from None
     return coco, cocoeval, mask
 
 

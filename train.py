@@ -1,7 +1,7 @@
 """Train DenseCLIP. The defaults are the paper's run: CLIP ResNet-50, Semantic FPN, ADE20K, 80,000 iterations.
 With --model retinanet_rn50 and the like it trains a detector on COCO, by the paper's schedule for it.
 
-    python train.py --demo                                                # draws its data; two minutes on a laptop
+    python train.py --demo                                                # draws its data; a minute or two on two cores
     python train.py --data data/ADEChallengeData2016 --out runs/rn50      # one GPU (--accumulate 4 if memory is short)
     torchrun --standalone --nproc_per_node 8 train.py --out runs/rn50     # eight GPUs, the same global batch
     python train.py --model tiny --train IMAGES MASKS --val IMAGES MASKS --classes LIST --out runs/mine
