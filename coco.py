@@ -83,11 +83,6 @@ def find_coco(root: str | Path, split: str) -> tuple[Path, Path]:
     )
 
 
-def read_class_names(path: str | Path) -> list[str]:
-    """The category names of a file in COCO's format, in the order of their ids."""
-    return [category["name"] for category in read_annotations(path)["categories"]]
-
-
 class CocoDetection(torch.utils.data.Dataset):
     """Images with boxes, and masks if wanted, from a folder and a file in COCO's format.
 
