@@ -1,15 +1,15 @@
 """CLIP's encoders, and loading of OpenAI's weights ("Learning Transferable Visual Models From Natural Language
 Supervision", Radford et al., 2021; https://github.com/openai/CLIP).
 
-Both image encoders return what a dense task needs, in place of one vector an image:
+Both image encoders return what a dense task needs instead of one vector per image:
 
     pyramid              four feature maps, fine to coarse
     global_embedding     (B, C)        z_bar: CLIP's image embedding
-    visual_embeddings    (B, C, H, W)  z: the same map from features to language, kept at every position
+    visual_embeddings    (B, C, H, W)  z: the same projection into the shared space, at every position
 
-Parameter names are OpenAI's, so their files load without a key map. This file needs torch and tqdm alone.
+Parameter names are OpenAI's, so their files load without a key map. This file needs only torch and tqdm.
 
-    clip = load_clip("RN50")                      # or the path of a file
+    clip = load_clip("RN50")  # or the path of a weights file
     clip.encode_image(images), clip.encode_text(tokens)
 """
 
@@ -17,8 +17,6 @@ import hashlib
 import http.client
 import math
 import os
-import re
-import shutil
 import urllib.request
 import warnings
 import zipfile
@@ -33,14 +31,15 @@ from tqdm import tqdm
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
+IGNORE_INDEX = 255  # label of pixels that count neither in a loss nor in a score
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What distinguishes one CLIP from another; `read_architecture` finds it in the weights. Heads are width // 64."""
+    """The sizes that distinguish one CLIP from another; a transformer of width D has D / 64 heads."""
 
-    embed_dim: int  # C, shared by images and text; 0: without the way into the shared space
-    input_resolution: int  # pixels a side, at which the positional embeddings are laid out
+    embed_dim: int  # C, of the space that images and texts share; 0: no projection into it
+    input_resolution: int  # pixels per side, for which the positional embeddings were trained
     layers: int | tuple[int, ...]  # transformer blocks, or bottlenecks in each of the ResNet's four stages
     width: int  # of the ViT, or of the ResNet's stem
     patch_size: int  # 0: a ResNet
@@ -63,7 +62,7 @@ ARCHITECTURES = {
 }
 
 SERVER = "https://openaipublic.azureedge.net/clip/models"
-FILES = {  # on the server, under the file's sha256
+FILES = {  # on the server: sha256 of the file / its name
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
     "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
@@ -80,23 +79,24 @@ FILES = {  # on the server, under the file's sha256
 
 
 def resize_positions(positions: Tensor, size: tuple[int, int]) -> Tensor:
-    """Positional embeddings of a class or mean token and a square grid, laid out for another grid.
+    """Interpolate the positional embeddings of a square grid to another grid size.
 
-    positions: (1 + G * G, D); size: (H, W); return: (1 + H * W, D), bilinear, the first row as it is.
+    positions: (1 + G * G, D), the first row for the class token or the mean; size: (H, W)
+    return:    (1 + H * W, D), bilinear, the first row unchanged
     """
     grid = math.isqrt(len(positions) - 1)
     if size == (grid, grid):
         return positions
-    square = positions[1:].T.reshape(1, -1, grid, grid)
-    square = F.interpolate(square, size=size, mode="bilinear", align_corners=False)
-    return torch.cat([positions[:1], square[0].flatten(1).T])
+    square = positions[1:].T.reshape(1, -1, grid, grid)  # (1, D, G, G)
+    square = F.interpolate(square, size=size, mode="bilinear", align_corners=False)  # (1, D, H, W)
+    return torch.cat([positions[:1], square[0].flatten(1).T])  # (1 + HW, D)
 
 
 # ------------------------------------------------------------------------------------------------ ResNet
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1. A stride is an average pool, behind the 3x3 convolution and in front of the 1x1 shortcut."""
+    """1x1, 3x3, 1x1. Strides are average pools: after the 3x3 convolution, and before the 1x1 of the shortcut."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -111,22 +111,22 @@ class Bottleneck(nn.Module):
         if stride > 1 or in_channels != channels * 4:
             shortcut = {"-1": nn.AvgPool2d(stride), "0": nn.Conv2d(in_channels, channels * 4, 1, bias=False)}
             self.downsample = nn.Sequential(OrderedDict(shortcut, **{"1": nn.BatchNorm2d(channels * 4)}))
-        nn.init.zeros_(self.bn3.weight)  # without weights to load, every block starts as its shortcut
+        nn.init.zeros_(self.bn3.weight)  # when trained from scratch, every block starts as its shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(self.avgpool(y)))
-        return F.relu(y + self.downsample(x))
+        y = F.relu(self.bn1(self.conv1(x)))  # (B, D, H, W), D the channels
+        y = F.relu(self.bn2(self.conv2(y)))  # (B, D, H, W)
+        y = self.bn3(self.conv3(self.avgpool(y)))  # (B, 4D, H / stride, W / stride)
+        return F.relu(y + self.downsample(x))  # (B, 4D, H / stride, W / stride)
 
 
 class AttentionPool2d(nn.Module):
-    """CLIP's attention pool, applied to every position and not to the mean alone: DenseCLIP's Eq. (1)."""
+    """CLIP's attention pool, but with an output for every position, not only for the mean: DenseCLIP's Eq. (1)."""
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int, crop_positions: bool = False):
         super().__init__()
         self.heads = heads
-        self.crop_positions = crop_positions  # take the grid's corner, where it is large enough, in place of resizing
+        self.crop_positions = crop_positions  # whether maps smaller than the grid get its corner, not a resized grid
         self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, width) * width**-0.5)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -137,38 +137,33 @@ class AttentionPool2d(nn.Module):
 
     def positions(self, height: int, width: int) -> Tensor:
         grid = math.isqrt(len(self.positional_embedding) - 1)
-        if not self.crop_positions:
-            return resize_positions(self.positional_embedding, (height, width))
-        positions = resize_positions(self.positional_embedding, (max(grid, height), max(grid, width)))
-        corner = positions[1:].view(max(grid, height), max(grid, width), -1)[:height, :width]
-        return torch.cat([positions[:1], corner.flatten(0, 1)])
+        rows, columns = (max(grid, height), max(grid, width)) if self.crop_positions else (height, width)
+        positions = resize_positions(self.positional_embedding, (rows, columns))  # (1 + rows * columns, D)
+        corner = positions[1:].view(rows, columns, -1)[:height, :width]  # (H, W, D)
+        return torch.cat([positions[:1], corner.flatten(0, 1)])  # (1 + HW, D)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, D, H, W); return: z_bar (B, C), z (B, C, H, W)."""
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # [x4_bar, x4]: (B, 1 + HW, D)
-        x = x + self.positions(height, width).to(x.dtype)
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.positions(height, width).to(x.dtype)  # (B, 1 + HW, D)
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # three times (B, 1 + HW, D)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, heads, 1 + HW, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1 + HW, D / heads)
         x = self.c_proj(x.transpose(1, 2).flatten(2))  # (B, 1 + HW, C)
-        return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (height, width))
+        return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (height, width))  # (B, C), (B, C, H, W)
 
 
 class ResNet(nn.Module):
-    """CLIP's ResNet: a stem of three convolutions, average pools for strides, an attention pool at the end."""
+    """CLIP's ResNet: a stem of three convolutions, average pools as strides, an attention pool at the end."""
 
     def __init__(
-        self,
-        layers: tuple[int, ...],
-        width: int,
-        embed_dim: int,
-        input_resolution: int = 224,
-        crop_positions: bool = False,
+        self, layers: tuple, width: int, embed_dim: int, input_resolution: int = 224, crop_positions: bool = False
     ):
         super().__init__()
-        self.channels = [width * 4, width * 8, width * 16, width * 32]  # of the pyramid
-        self.score_level = 3  # the level of the pyramid whose positions visual_embeddings has
+        self.channels = [width * 4, width * 8, width * 16, width * 32]  # of the pyramid's four maps
+        self.score_level = 3  # index of the map with the size of visual_embeddings
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -192,31 +187,31 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """images: (B, 3, H, W); return: the pyramid at strides 4, 8, 16, 32, z_bar (B, C), z (B, C, H/32, W/32).
 
-        Without an embed_dim, as the baselines without language are built, z_bar and z are None.
+        With embed_dim 0, for baselines without language, z_bar and z are None.
         """
-        x = F.relu(self.bn1(self.conv1(images)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))
-        x = F.avg_pool2d(x, 2)
+        x = F.relu(self.bn1(self.conv1(images)))  # (B, D/2, H/2, W/2), D the width
+        x = F.relu(self.bn2(self.conv2(x)))  # (B, D/2, H/2, W/2)
+        x = F.relu(self.bn3(self.conv3(x)))  # (B, D, H/2, W/2)
+        x = F.avg_pool2d(x, 2)  # (B, D, H/4, W/4)
         pyramid = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = stage(x)  # (B, 4D, H/4, W/4), (B, 8D, H/8, W/8), (B, 16D, H/16, W/16), (B, 32D, H/32, W/32)
             pyramid.append(x)
-        return pyramid, *(self.attnpool(x) if self.attnpool else (None, None))
+        return pyramid, *(self.attnpool(x) if self.attnpool else (None, None))  # ..., (B, C), (B, C, H/32, W/32)
 
 
 # ------------------------------------------------------------------------------------------------ transformers
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x): what OpenAI trained with. open_clip's own training runs use nn.GELU."""
+    """x * sigmoid(1.702 x), the activation of OpenAI's models; most models that open_clip trained use nn.GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. drop_path: probability with which a sample skips a branch in training."""
+    """Pre-norm transformer block. drop_path: probability of dropping a residual branch, per sample, in training."""
 
     def __init__(self, width: int, heads: int, quick_gelu: bool = True, drop_path: float = 0.0):
         super().__init__()
@@ -228,42 +223,43 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(mlp))
         self.ln_2 = nn.LayerNorm(width)
 
-    def skip(self, branch: Tensor) -> Tensor:
+    def apply_drop_path(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return branch
-        keep = torch.empty(len(branch), 1, 1, device=branch.device).bernoulli_(1 - self.drop_path)
-        return branch * (keep / (1 - self.drop_path)).to(branch.dtype)
+        keep = torch.empty(len(branch), 1, 1, device=branch.device).bernoulli_(1 - self.drop_path)  # (B, 1, 1)
+        return branch * (keep / (1 - self.drop_path)).to(branch.dtype)  # (B, N, D)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.skip(self.attn(y, y, y, need_weights=False, attn_mask=mask)[0])
-        return x + self.skip(self.mlp(self.ln_2(x)))
+        """x: (B, N, D); mask: (N, N), added to the attention logits; return: (B, N, D)."""
+        y = self.ln_1(x)  # (B, N, D)
+        x = x + self.apply_drop_path(self.attn(y, y, y, need_weights=False, attn_mask=mask)[0])  # (B, N, D)
+        return x + self.apply_drop_path(self.mlp(self.ln_2(x)))  # (B, N, D)
 
 
 class Transformer(nn.Module):
-    """Blocks whose drop path grows linearly from 0 to drop_path over the depth."""
+    """Transformer blocks whose drop path rates grow linearly with depth, from 0 to drop_path."""
 
     def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool = True, drop_path: float = 0.0):
         super().__init__()
         rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, quick_gelu, rate) for rate in rates)
-        for block in self.resblocks:  # CLIP's own initialisation
+        for block in self.resblocks:  # CLIP's initialization
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * layers) ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """x: (B, N, width); mask: (N, N), added to the attention's logits; return: every block's output."""
+        """x: (B, N, D); mask: (N, N), added to the attention logits; return: the output of every block, (B, N, D)."""
         outputs = []
         for block in self.resblocks:
-            x = block(x, mask)
+            x = block(x, mask)  # (B, N, D)
             outputs.append(x)
         return outputs
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT. Its four feature maps come from blocks a third, a half, two thirds and all the way up."""
+    """CLIP's ViT. The four feature maps are the outputs of the blocks at 1/3, 1/2, 2/3 and all of the depth."""
 
     def __init__(
         self,
@@ -293,27 +289,27 @@ class VisionTransformer(nn.Module):
             self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """images: (B, 3, H, W); return: four maps (B, width, H/P, W/P), z_bar (B, C), z (B, C, H/P, W/P).
+        """images: (B, 3, H, W); return: four maps (B, D, h, w), z_bar (B, C), z (B, C, h, w).
 
-        P is the patch size; rows and columns beyond its last multiple are not seen. Without an embed_dim z_bar and z
-        are None.
+        (h, w) = (H, W) // patch size: pixels beyond the last full patch are ignored. With embed_dim 0, no z_bar and z.
         """
-        x = self.conv1(images)
+        x = self.conv1(images)  # (B, D, h, w)
         size = x.shape[-2:]
         # Released code of DenseCLIP: the class embedding is added to its token twice.
-        class_token = self.class_embedding * (2 if self.double_class_embedding else 1)
-        x = torch.cat([class_token.to(x.dtype).expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        x = x + resize_positions(self.positional_embedding, tuple(size)).to(x.dtype)  # (B, 1 + HW, width)
-        outputs = self.transformer(self.ln_pre(x))
-        pyramid = [outputs[i][:, 1:].transpose(1, 2).unflatten(2, size) for i in self.blocks]
+        class_token = self.class_embedding * (2 if self.double_class_embedding else 1)  # (D,)
+        class_token = class_token.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
+        x = torch.cat([class_token, x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
+        x = x + resize_positions(self.positional_embedding, tuple(size)).to(x.dtype)  # (B, 1 + hw, D)
+        outputs = self.transformer(self.ln_pre(x))  # one (B, 1 + hw, D) per block
+        pyramid = [outputs[i][:, 1:].transpose(1, 2).unflatten(2, size) for i in self.blocks]  # four (B, D, h, w)
         if self.proj is None:
             return pyramid, None, None
-        z = self.ln_post(outputs[-1]) @ self.proj  # (B, 1 + HW, C)
-        return pyramid, z[:, 0], z[:, 1:].transpose(1, 2).unflatten(2, size)
+        z = self.ln_post(outputs[-1]) @ self.proj  # (B, 1 + hw, C)
+        return pyramid, z[:, 0], z[:, 1:].transpose(1, 2).unflatten(2, size)  # ..., (B, C), (B, C, h, w)
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer, which also takes learnable contexts in front of the words."""
+    """CLIP's text transformer, with optional learned contexts before the words."""
 
     def __init__(
         self,
@@ -334,34 +330,35 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, contexts: Tensor | None = None) -> Tensor:
-        """Embeddings of texts, read at their end-of-text token.
+        """Embeddings of texts: the output at the end-of-text token, projected into the shared space.
 
-        tokens:   (K, L) int64, the start token first, zeros behind the end-of-text token (the largest number there is)
-        contexts: (B, N, width) put behind the start token of every text: DenseCLIP's Eq. (3)
-        return:   (K, C), or with contexts (B, K, C)
+        tokens:   (K, L) int64: start token, text, end-of-text token (the largest index), zeros
+        contexts: (B, N, D), inserted after the start token of every text: DenseCLIP's Eq. (3)
+        return:   (K, C), or (B, K, C) with contexts
         """
-        x = self.token_embedding(tokens)  # (K, L, width)
+        x = self.token_embedding(tokens)  # (K, L, D)
         end = tokens.argmax(dim=1)  # (K,)
         if contexts is not None:
             (num_images, num_contexts), num_texts = contexts.shape[:2], len(tokens)
-            x = x.expand(num_images, -1, -1, -1)
-            p = contexts[:, None].expand(-1, num_texts, -1, -1)
-            x = torch.cat([x[:, :, :1], p, x[:, :, 1:]], dim=2).flatten(0, 1)  # [SOT, p, e_k, EOT]: (BK, N + L, width)
-            end = (end + num_contexts).repeat(num_images)
-        if x.shape[1] > self.context_length:
-            raise ValueError(f"text of {x.shape[1]} tokens, but the text encoder has {self.context_length} positions")
-        x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)
-        mask = torch.full((x.shape[1], x.shape[1]), -math.inf, device=x.device, dtype=x.dtype).triu(1)  # causal
-        x = self.transformer(x, mask)[-1]
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection
-        return x if contexts is None else x.view(num_images, num_texts, -1)
+            x = x.expand(num_images, -1, -1, -1)  # (B, K, L, D)
+            p = contexts[:, None].expand(-1, num_texts, -1, -1)  # (B, K, N, D)
+            x = torch.cat([x[:, :, :1], p, x[:, :, 1:]], dim=2).flatten(0, 1)  # [SOT, p, e_k, EOT]: (BK, N + L, D)
+            end = (end + num_contexts).repeat(num_images)  # (BK,)
+        length = x.shape[1]  # N + L with contexts, else L
+        if length > self.context_length:
+            raise ValueError(f"text of {length} tokens, but the text encoder has {self.context_length} positions")
+        x = x + self.positional_embedding[:length].to(x.dtype)  # (BK, N + L, D), without contexts (K, L, D)
+        mask = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)  # causal
+        x = self.transformer(x, mask)[-1]  # (BK, N + L, D)
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection  # at EOT: (BK, C)
+        return x if contexts is None else x.view(num_images, num_texts, -1)  # (B, K, C)
 
 
 # ------------------------------------------------------------------------------------------------ CLIP
 
 
 class CLIP(nn.Module):
-    """An image encoder and a text encoder into one space."""
+    """An image encoder and a text encoder that map into one embedding space."""
 
     def __init__(self, architecture: Architecture, quick_gelu: bool = True):
         super().__init__()
@@ -375,28 +372,28 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) normalised with MEAN and STD; return: (B, C), not normalised."""
+        """images: (B, 3, H, W) normalized with MEAN and STD; return: (B, C), not normalized."""
         return self.visual(images)[1]
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """tokens: (K, L) as `tokenizer.tokenize` gives them; return: (K, C), not normalised."""
+        """tokens: (K, L) as `tokenizer.tokenize` returns them; return: (K, C), not normalized."""
         return self.text(tokens)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Scaled cosine similarity of every image with every text, (B, K): a softmax over K classifies."""
-        images, texts = F.normalize(self.encode_image(images), dim=1), F.normalize(self.encode_text(tokens), dim=1)
-        return self.logit_scale.exp() * images @ texts.T
+        """Logits (B, K): the scaled cosine similarity of every image with every text."""
+        images = F.normalize(self.encode_image(images), dim=1)  # (B, C)
+        texts = F.normalize(self.encode_text(tokens), dim=1)  # (K, C)
+        return self.logit_scale.exp() * images @ texts.T  # (B, K)
 
 
 # ------------------------------------------------------------------------------------------------ weights
 
 
 def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = None) -> CLIP:
-    """CLIP with its weights, in float32, in evaluation mode.
+    """CLIP with pretrained weights, in float32 and evaluation mode; the architecture is read off the weights.
 
-    name_or_path: one of FILES, downloaded once, or a file: OpenAI's TorchScript archive, or a state dict of the same
-        names such as open_clip's. The architecture is read off the weights.
-    quick_gelu: False for weights trained with GELU, as most of open_clip's are; the weights cannot tell.
+    name_or_path: a name in FILES, downloaded once; or a file, OpenAI's TorchScript archive or open_clip's state dict
+    quick_gelu:   False for weights trained with GELU, as most of open_clip's are; the file does not say
     """
     weights = read_weights(name_or_path, cache)
     model = CLIP(read_architecture(weights, name_or_path), quick_gelu)
@@ -406,110 +403,72 @@ def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = No
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights into a module that must have exactly their names and shapes; a ValueError names what differs."""
-    own = module.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in weights]
-    problems += [f"{key} is not part of the model" for key in weights if key not in own]
-    problems += [
-        f"{key} is {tuple(weights[key].shape)} where {tuple(own[key].shape)} was expected"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
+    """Load a state dict that must match in names and shapes; a ValueError names `source` and what differs."""
+    expected = module.state_dict()
+    problems = [f"{key} is missing" for key in expected if key not in weights]
+    problems += [f"{key} is not part of the model" for key in weights if key not in expected]
+    shapes = [(key, tuple(weights[key].shape), tuple(expected[key].shape)) for key in expected if key in weights]
+    problems += [f"{key} is {shape}, expected {required}" for key, shape, required in shapes if shape != required]
     if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{source}: the weights do not fit the model: {'; '.join(problems[:5])}{more}")
+        first = "; ".join(problems[:5])
+        raise ValueError(f"{source}: the weights do not fit the model: {first} ({len(problems)} differences in all)")
     module.load_state_dict(weights)
 
 
 def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tensor]:
-    """CLIP's state dict in float32 with OpenAI's names, from one of FILES or from a file (see `load_clip`)."""
+    """A state dict in float32, from a name in FILES or a file (see `load_clip`)."""
     if name_or_path in FILES:
         sha256, file = FILES[name_or_path].split("/")
-        path = Path(cache or "~/.cache/clip").expanduser() / file  # where OpenAI's package keeps them as well
+        path = Path(cache or "~/.cache/clip").expanduser() / file  # the cache of OpenAI's own package
         download(f"{SERVER}/{sha256}/{file}", path, sha256)
     elif not (path := Path(name_or_path)).is_file():
         raise FileNotFoundError(f"{path}: no such file; CLIP's weights are a path or one of {', '.join(FILES)}")
     try:
-        weights = _read_file(path)
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as error:  # the readers' own errors run over many lines and do not name the file
+        archive = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any("/code/" in name for name in archive):  # TorchScript, deprecated since torch 2.10
+            with warnings.catch_warnings(action="ignore"):
+                weights = torch.jit.load(str(path), map_location="cpu").state_dict()
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own messages run over many lines and do not name the file
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: not a readable weights file, perhaps cut short: fetch it again ({reason})") from None
+        raise ValueError(f"{path}: not a state dict or not readable ({reason}); if truncated, fetch it again") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-    if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in dict(weights).items()):
-        raise ValueError(f"{path}: expected a state dict of CLIP's weights, found something else")
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    for key in ("input_resolution", "context_length", "vocab_size"):  # numbers that OpenAI's archives keep as tensors
-        weights.pop(key, None)
+    if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
+        raise ValueError(f"{path}: expected a state dict, parameter names and tensors; fetch it again")
+    sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives store as tensors
+    weights = {key.removeprefix("module."): value for key, value in weights.items() if key not in sizes}
     return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
 
 
-def _read_file(path: Path) -> dict:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path}: needs the package safetensors: pip install safetensors") from None
-        return load_file(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            torchscript = any("/code/" in name for name in archive.namelist())
-        if torchscript:
-            with warnings.catch_warnings():  # torch >= 2.10 calls TorchScript deprecated
-                warnings.simplefilter("ignore")
-                return torch.jit.load(str(path), map_location="cpu").state_dict()
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Architecture:
-    """The architecture that CLIP's weights belong to, read off their names and shapes.
+    """The architecture of CLIP's weights, from their names and shapes; parts that are missing read as 0."""
 
-    Parts that are not there (text encoder, attention pool) read as 0.
-    """
-
-    def size(key: str, axis: int) -> int:
+    def size(key: str, axis: int = 0) -> int:
         return weights[key].shape[axis] if key in weights else 0
 
     def blocks(prefix: str) -> int:
-        found = [re.match(rf"{prefix}\.(\d+)\.", key) for key in weights]
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        return len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
 
     if "visual.class_embedding" in weights:
-        layers = blocks(r"visual\.transformer\.resblocks")
-        width, patch_size = size("visual.conv1.weight", 0), size("visual.conv1.weight", 3)
-        embed_dim = size("visual.proj", 1)
-        resolution = math.isqrt(size("visual.positional_embedding", 0) - 1) * patch_size
+        layers, embed_dim = blocks("visual.transformer.resblocks."), size("visual.proj", axis=1)
+        width, patch_size = size("visual.conv1.weight"), size("visual.conv1.weight", axis=3)
+        resolution = math.isqrt(size("visual.positional_embedding") - 1) * patch_size
     elif "visual.layer1.0.conv1.weight" in weights:
-        layers = tuple(blocks(rf"visual\.layer{stage}") for stage in (1, 2, 3, 4))
-        width, patch_size = size("visual.layer1.0.conv1.weight", 0), 0
-        embed_dim = size("visual.attnpool.c_proj.weight", 0)
-        resolution = math.isqrt(max(0, size("visual.attnpool.positional_embedding", 0) - 1)) * 32
+        layers = tuple(blocks(f"visual.layer{i}.") for i in (1, 2, 3, 4))
+        embed_dim = size("visual.attnpool.c_proj.weight")
+        width, patch_size = size("visual.layer1.0.conv1.weight"), 0
+        resolution = math.isqrt(max(0, size("visual.attnpool.positional_embedding") - 1)) * 32
     else:
-        raise ValueError(
-            f"{source}: not CLIP's weights: neither visual.class_embedding (ViT) nor visual.layer1.0.conv1.weight "
-            f"(ResNet) among {', '.join(sorted(weights)[:4])}, ..."
-        )
-    return Architecture(
-        embed_dim=embed_dim,
-        input_resolution=resolution,
-        layers=layers,
-        width=width,
-        patch_size=patch_size,
-        text_width=size("ln_final.weight", 0),
-        text_layers=blocks(r"transformer\.resblocks"),
-        context_length=size("positional_embedding", 0),
-        vocab_size=size("token_embedding.weight", 0),
-    )
-
-
-# ------------------------------------------------------------------------------------------------ download
+        raise ValueError(f"{source}: not CLIP's weights: no visual.class_embedding (ViT), no visual.layer1 (ResNet)")
+    text = (size("ln_final.weight"), blocks("transformer.resblocks."), size("positional_embedding"))
+    return Architecture(embed_dim, resolution, layers, width, patch_size, *text, size("token_embedding.weight"))
 
 
 def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> None:
-    """Fetch a file once, with a progress bar; a broken transfer goes on where it stopped.
+    """Fetch a file once, with a progress bar; an interrupted transfer resumes where it stopped.
 
-    The file has its own name only after its checksum was found right.
+    The file gets its final name only after its checksum has been verified.
     """
     if path.exists():
         return
@@ -519,10 +478,8 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            start = start if response.status == 206 else 0  # 200: the server sends the file from its beginning
+            start = start if response.status == 206 else 0  # 200: the server sends the whole file
             total = start + int(response.headers.get("Content-Length", 0))
-            if (free := shutil.disk_usage(path.parent).free) < total - start:
-                raise OSError(f"{(total - start) >> 20} MiB needed in {path.parent}, {free >> 20} MiB are free")
             progress = tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=path.name)
             with open(part, "ab" if start else "wb") as file, progress:
                 while chunk := response.read(1 << 20):
@@ -530,11 +487,11 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
         if part.stat().st_size < total:
             raise OSError(f"ended at {part.stat().st_size} of {total} bytes")
     except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) != 416:  # 416: nothing is left to send, the part is complete
-            raise OSError(f"{url}: {error}; run again to go on, or fetch it by hand and save it as {path}") from None
+        if getattr(error, "code", None) != 416:  # 416: nothing left to send, the part is complete
+            raise OSError(f"{url}: {error}; run again to resume, or fetch it by hand and save it as {path}") from None
     with open(part, "rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    if found != checksum:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if digest != checksum:
         part.unlink()
-        raise ValueError(f"{url}: {algorithm} {found}, expected {checksum}; the file was removed, run again")
+        raise ValueError(f"{url}: {algorithm} {digest}, expected {checksum}; the file was removed, run again")
     os.replace(part, path)

@@ -1,50 +1,51 @@
-"""The data and the pictures of `python train.py --demo`: a few hundred drawings of named shapes and textures in
-ADE20K's layout, and sheets that show what a model trained on them sees. Needs no download."""
+"""`python demo.py`: in two minutes, draw a few hundred scenes of named shapes and textures, train a tiny DenseCLIP on
+them from random weights, and write pictures of what it sees. Needs no download and no GPU."""
 
+import argparse
 import colorsys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import SegmentationDataset, read_image, resize_keep_ratio
-from eval import predict_probabilities
+from clip_model import IGNORE_INDEX
+from data import EvalTransform, SegmentationDataset, TrainTransform, read_image, resize_to_fit, run_script
+from denseclip import build_model, read_checkpoint, restore_model
+from eval import evaluate, predict_probabilities, start_process
+from heads import resize
+from train import Recipe, start_log, train
 
-# The demo's values of train.py's options. The encoder starts from random weights, so it learns at the full rate.
-OPTIONS = {
-    "model": "tiny", "clip": "none", "out": "runs/demo", "iterations": 240, "batch_size": 8, "lr": 1e-3,
-    "backbone_lr_multiplier": 1.0, "warmup": 40, "eval_every": 120, "save_every": 120, "log_every": 20, "workers": 2,
-}
+RATES = {"lr": 1e-3, "backbone_lr_multiplier": 1.0, "warmup": 40}
+RECIPE = Recipe(iterations=240, batch_size=8, short_side=128, reduce_zero_label=True, **RATES)
 TEXTURES = {"stripes": (86, 180, 233), "checkerboard": (0, 114, 178), "dots": (204, 121, 167)}
-SHAPES = {
-    "circle": (230, 159, 0), "square": (200, 30, 30), "triangle": (0, 158, 115), "cross": (240, 228, 66),
-    "ring": (148, 52, 110),
-}
-CLASSES = {**TEXTURES, **SHAPES}  # name: colour; in a mask the first is 1, and 0 is unlabelled, as in ADE20K
+SHAPES = {"circle": (230, 159, 0), "square": (200, 30, 30), "triangle": (0, 158, 115), "cross": (240, 228, 66)}
+SHAPES["ring"] = (148, 52, 110)
+CLASSES = {**TEXTURES, **SHAPES}  # name: color; in a mask the first is 1, and 0 is unlabeled, as in ADE20K
 SIZES = ((192, 144), (144, 192), (160, 160), (208, 144))  # (width, height)
+HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])  # purple to yellow
+
+
+# ------------------------------------------------------------------------------------------------ drawings
 
 
 def draw_dataset(root: Path, train: int = 320, val: int = 40, seed: int = 0) -> None:
-    """Draw {images,annotations}/{training,validation} and classes.txt below `root`; the same for the same seed."""
+    """Draw {images,annotations}/{training,validation} and classes.txt in `root`; the same for the same seed."""
     random = np.random.default_rng(seed)
-    for split, count in (("training", train), ("validation", val)):
+    for split, number in (("training", train), ("validation", val)):
         for kind in ("images", "annotations"):
             (root / kind / split).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
+        for i in range(number):
             image, mask = draw_scene(random)
-            image.save(root / "images" / split / f"drawing_{number:04d}.jpg", quality=92)
-            mask.save(root / "annotations" / split / f"drawing_{number:04d}.png")
-    lines = ["\t".join(map(str, (name, *colour))) for name, colour in CLASSES.items()]
+            image.save(root / "images" / split / f"drawing_{i:04d}.jpg", quality=92)
+            mask.save(root / "annotations" / split / f"drawing_{i:04d}.png")
+    lines = ["\t".join(map(str, (name, *color))) for name, color in CLASSES.items()]
     (root / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw_scene(random: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """Two textures that meet at a line, up to five shapes with unlabelled outlines, noise: image and mask.
-
-    Textures have any two colours, each shape has hues of its own.
-    """
+    """Image and mask: two textures that meet at a line, and up to five shapes, each kind in its own range of hues."""
     width, height = size = SIZES[random.integers(len(SIZES))]
     names = list(CLASSES)
     first, second = random.permutation(len(TEXTURES))[:2]
@@ -60,7 +61,7 @@ def draw_scene(random: np.random.Generator) -> tuple[Image.Image, Image.Image]:
 
     on_image, on_mask = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     taken = []
-    for _ in range(12):  # tries; shapes that would touch another are left out
+    for _ in range(12):  # attempts; a shape that would touch another is left out
         radius = random.uniform(18, 36)
         x, y = random.uniform(radius, width - radius), random.uniform(radius, height - radius)
         if len(taken) < 5 and all(np.hypot(x - u, y - v) > radius + r + 4 for u, v, r in taken):
@@ -71,120 +72,118 @@ def draw_scene(random: np.random.Generator) -> tuple[Image.Image, Image.Image]:
             fill = colorsys.hsv_to_rgb(hue, random.uniform(0.6, 1), random.uniform(0.6, 1))
             draw_shape(on_image, *shape, fill=tuple(round(255 * value) for value in fill), edge=(20, 20, 20))
             draw_shape(on_mask, *shape, fill=index + 1, edge=0)
-    noisy = np.asarray(image) + random.normal(0, 6, (height, width, 3))
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), mask
+    pixels = np.asarray(image) + random.normal(0, 6, (height, width, 3))  # noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
 
 
 def draw_texture(name: str, size: tuple[int, int], random: np.random.Generator) -> Image.Image:
-    """A two-coloured pattern at a random angle and period, (width, height) pixels."""
-    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    """A two-colored pattern of (width, height) pixels at a random angle and period."""
+    x, y = np.meshgrid(*map(np.arange, size))
     angle, period = random.uniform(0, np.pi), random.uniform(7, 12)
     u, v = (x * np.cos(angle) + y * np.sin(angle)) / period, (y * np.cos(angle) - x * np.sin(angle)) / period
-    if name == "stripes":
-        pattern = u % 2 < 1
-    elif name == "checkerboard":
-        pattern = (np.floor(u) + np.floor(v)) % 2 == 0
-    else:  # dots
-        pattern = (u % 1.5 - 0.75) ** 2 + (v % 1.5 - 0.75) ** 2 < 0.2
+    pattern = {
+        "stripes": u % 2 < 1,
+        "checkerboard": (np.floor(u) + np.floor(v)) % 2 == 0,
+        "dots": (u % 1.5 - 0.75) ** 2 + (v % 1.5 - 0.75) ** 2 < 0.2,
+    }[name]
     dark, bright = random.integers(0, 140, 3), random.integers(140, 256, 3)
     return Image.fromarray(np.where(pattern[..., None], dark, bright).astype(np.uint8))
 
 
-def draw_shape(
-    draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, angle: float, fill, edge
-) -> None:
-    """One shape around (x, y), with an edge of two pixels."""
+def draw_shape(draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, angle: float, fill, edge):
+    """A shape around (x, y), with an edge of two pixels."""
     box = (x - radius, y - radius, x + radius, y + radius)
     if name == "circle":
         draw.ellipse(box, fill=fill, outline=edge, width=2)
-    elif name == "ring":  # what is behind shows through its middle
+    elif name == "ring":  # the background shows through its middle
         draw.ellipse(box, outline=edge, width=int(0.45 * radius) + 4)
         draw.ellipse([box[0] + 2, box[1] + 2, box[2] - 2, box[3] - 2], outline=fill, width=int(0.45 * radius))
     else:
-        if name == "cross":
-            quarter = [(0.35, 1), (0.35, 0.35), (1, 0.35)]
-            corners = [complex(*point) * 1j**-turn for turn in range(4) for point in quarter]
-        else:
-            sides = {"triangle": 3, "square": 4}[name]
-            corners = [np.exp(2j * np.pi * side / sides) for side in range(sides)]
+        corners = {
+            "triangle": [np.exp(2j * np.pi * i / 3) for i in range(3)],
+            "square": [1j**i for i in range(4)],
+            "cross": [c * 1j**-i for i in range(4) for c in (0.35 + 1j, 0.35 + 0.35j, 1 + 0.35j)],
+        }[name]
         corners = [radius * corner * np.exp(1j * angle) for corner in corners]
         draw.polygon([(x + c.real, y + c.imag) for c in corners], fill=fill, outline=edge, width=2)
 
 
-# -------------------------------------------------------------------------------------------------- pictures
-
-
-def show(model: torch.nn.Module, miou: float, dataset: SegmentationDataset, out: Path, count: int = 8) -> None:
-    """Write sheets of the first `count` images of `dataset` below `out`, and say what there is and what comes next."""
-    (out / "pictures").mkdir(exist_ok=True)
-    for index in range(count):
-        image, label, path = dataset[index]
-        sheet = draw_sheet(model, image, label, read_image(path), list(CLASSES.values()))
-        sheet.save(out / "pictures" / f"{Path(path).stem}.png")
-    print(f"""
-The demo reached mIoU {miou:.1f} on {len(dataset)} drawings that it was not trained on. It made
-  {out}/data      the drawings and their masks, in ADE20K's layout
-  {out}/best.pt   the trained model: weights, settings and class names
-  {out}/pictures  {count} sheets: image, ground truth, prediction, and the score maps of Eq. (2): the cosine of
-  {' ' * len(str(out))}           every pixel's embedding with each class name's
-Next
-  python eval.py --checkpoint {out}/best.pt --data {out}/data --multi-scale
-  python train.py --model tiny --train IMAGES MASKS --val IMAGES MASKS --classes LIST --out runs/mine
-  python data.py --root data && python train.py --out runs/rn50      (the paper's run; wants a GPU)""")
+# ------------------------------------------------------------------------------------------------ pictures
 
 
 @torch.no_grad()
-def draw_sheet(
-    model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, picture: torch.Tensor,
-    colours: list[tuple[int, int, int]], maps: int = 5,
-) -> Image.Image:
-    """A row of panels: the image, ground truth and prediction over it, and the score maps of the classes in it.
+def draw_sheet(model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, path: str) -> Image.Image:
+    """A row of panels: image, ground truth and prediction over it, and the score maps of up to five classes present."""
+    size, limits, names = label.shape, (2048, model.crop_size), model.class_names
+    prediction = predict_probabilities(model, image, size, limits).argmax(0)  # (h, w)
+    _, score_map, _ = model.encoder(resize_to_fit(image[None], limits))  # (1, K, h / 32, w / 32), Eq. (2)
+    scores = resize(score_map, size)[0].numpy()  # (K, h, w)
+    present = [k for k in range(len(names)) if (label == k).any()]
+    low, high = scores[present].min(), scores[present].max()  # the same colors in all maps of an image
 
-    image (3, h, w) normalised; label (h, w) in [0, K) or 255; picture (3, h, w) uint8, what is shown
-    """
-    size, limits = label.shape, (2048, model.crop_size)
-    prediction = predict_probabilities(model, image, size, resize=limits).argmax(0)
-    _, score_map, _ = model.encoder(resize_keep_ratio(image[None], limits))  # (1, K, h / 32, w / 32), Eq. (2)
-    scores = F.interpolate(score_map, size=size, mode="bilinear", align_corners=False)[0]
-    present = [k for k in range(len(colours)) if (label == k).any()]
-    low, high = scores[present].min(), scores[present].max()  # one scale for all maps of an image
-
-    panels = [("image", picture), ("ground truth", paint(picture, label, colours)),
-              ("prediction", paint(picture, prediction, colours))]
-    for k in present[:maps]:
-        panels.append((f'score map "{model.class_names[k]}"', heat((scores[k] - low) / (high - low), picture)))
+    picture = read_image(path).permute(1, 2, 0).numpy()  # (h, w, 3)
+    gray, colors = picture.mean(2, keepdims=True), np.zeros((256, 3))
+    colors[: len(names)] = list(CLASSES.values())
+    panels = {"image": picture}
+    for title, labels in {"ground truth": label.numpy(), "prediction": prediction.numpy()}.items():
+        overlay = 0.3 * gray + 0.7 * colors[labels]
+        panels[title] = np.where(labels[..., None] == IGNORE_INDEX, gray, overlay)  # ignored pixels stay gray
+    for k in present[:5]:
+        position = (scores[k] - low) / (high - low) * (len(HEAT) - 1)
+        color = np.stack([np.interp(position, range(len(HEAT)), channel) for channel in HEAT.T], axis=2)
+        panels[f'score map "{names[k]}"'] = 0.75 * color + 0.25 * gray
 
     width, height, gap = 2 * size[1], 2 * size[0], 10
     sheet = Image.new("RGB", (gap + len(panels) * (width + gap), height + 70), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for number, (title, pixels) in enumerate(panels):
-        left = gap + number * (width + gap)
+    for i, (title, pixels) in enumerate(panels.items()):
+        left = gap + i * (width + gap)
         draw.text((left, 8), title, "black", font)
-        sheet.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((width, height)), (left, 34))
+        sheet.paste(Image.fromarray(pixels.astype(np.uint8)).resize((width, height)), (left, 34))
     left = gap
     for k in sorted({*present, *prediction.unique().tolist()}):  # the legend of both overlays
-        draw.rectangle((left, height + 44, left + 16, height + 60), fill=tuple(colours[k]))
-        draw.text((left + 22, height + 42), model.class_names[k], "black", font)
-        left += 44 + int(draw.textlength(model.class_names[k], font))
-    low, high = low.item(), high.item()
-    draw.text((gap + 3 * (width + gap), height + 42), f"cosine: purple {low:.2f}, yellow {high:.2f}", "black", font)
+        draw.rectangle((left, height + 44, left + 16, height + 60), fill=CLASSES[names[k]])
+        draw.text((left + 22, height + 42), names[k], "black", font)
+        left += 44 + int(draw.textlength(names[k], font))
+    draw.text((gap + 3 * (width + gap), height + 42), f"cosine from {low:.2f} to {high:.2f}", "black", font)
     return sheet
 
 
-def paint(picture: torch.Tensor, label: torch.Tensor, colours: list[tuple[int, int, int]]) -> torch.Tensor:
-    """picture (3, h, w) uint8 in grey under its classes' colours; ignored pixels stay as they are."""
-    table = torch.zeros(256, 3)
-    table[: len(colours)] = torch.tensor(colours, dtype=torch.float)
-    over = 0.3 * picture.float().mean(0) + 0.7 * table[label].permute(2, 0, 1)
-    return torch.where(label == 255, picture, over).to(torch.uint8)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
+    out, names, (_, _, device) = parser.parse_args().out, list(CLASSES), start_process()
+
+    draw_dataset(out / "data")
+    torch.manual_seed(RECIPE.seed)
+    model = build_model("tiny", names)
+
+    def dataset(split: str, transform: TrainTransform | EvalTransform) -> SegmentationDataset:
+        folders = (out / "data" / kind / split for kind in ("images", "annotations"))
+        return SegmentationDataset(*folders, len(names), transform, reduce_zero_label=True)
+
+    train_set = dataset("training", TrainTransform(model.crop_size, (2048, RECIPE.short_side)))
+    val_set = dataset("validation", EvalTransform())
+    start_log(out, model, RECIPE, device)
+    score = partial(evaluate, dataset=val_set, device=device, short_side=RECIPE.short_side)
+    loop = {"workers": 2, "eval_every": 120, "save_every": 120, "log_every": 20}
+    train(model, train_set, RECIPE, out, device, evaluate_model=score, **loop)
+
+    checkpoint = read_checkpoint(out / "best.pt")
+    model = restore_model(checkpoint, out / "best.pt", build_model)
+    (out / "pictures").mkdir(exist_ok=True)
+    for image, label, path in map(val_set.__getitem__, range(8)):
+        draw_sheet(model, image, label, path).save(out / "pictures" / f"{Path(path).stem}.png")
+    print(f"""
+mIoU {checkpoint["best"]:.1f} on {len(val_set)} drawings that were not used for training. The demo wrote
+  {out}/data      the drawings and their masks, in ADE20K's layout
+  {out}/best.pt   the trained model: weights, settings and class names
+  {out}/pictures  image, ground truth, prediction, and score maps: cosine similarity of pixels and a class name, Eq. (2)
+Next
+  python eval.py --checkpoint {out}/best.pt --data {out}/data --multi-scale
+  python train.py --model tiny --train IMAGES MASKS --val IMAGES MASKS --classes LIST --out runs/mine
+  python data.py --root data && python train.py --out runs/rn50      (the paper's run; needs a GPU)""")
 
 
-def heat(values: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    """values (h, w) in [0, 1] as a purple to yellow heat map, with the picture's outlines shining through."""
-    stops = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]).float()
-    position = values.clamp(0, 1) * (len(stops) - 1)
-    below = position.long().clamp(max=len(stops) - 2)
-    part = (position - below)[..., None]
-    colour = ((1 - part) * stops[below] + part * stops[below + 1]).permute(2, 0, 1)
-    grey = picture.float().mean(0, keepdim=True)
-    return (0.75 * colour + 0.25 * grey).to(torch.uint8)
+if __name__ == "__main__":
+    run_script(main)

@@ -1,31 +1,32 @@
 """DenseCLIP: Language-Guided Dense Prediction with Context-Aware Prompting (Rao et al., CVPR 2022, arXiv 2112.01518).
 
-Read from `LanguageGuidedEncoder.forward` (the method, Figure 3) to `DenseCLIP.forward` (segmentation).
-This file needs clip_model.py and tokenizer.py, and backbones.py for image encoders other than CLIP's.
+Start at `LanguageGuidedEncoder.forward` (the method, Figure 3), then read `DenseCLIP.forward` (segmentation).
+To copy this file, also take clip_model.py, tokenizer.py with its vocabulary file, and heads.py; backbones.py is needed
+only for image encoders other than CLIP's.
 
     paper      here                  shape
-    ---------  --------------------  -------------------------------------------------------------------------
-    x1 .. x4   pyramid               four maps, (B, C_i, H_i, W_i)
-    z_bar      global_embedding      (B, C)            CLIP's embedding of the image
-    z          visual_embeddings     (B, C, H4, W4)    the language-compatible feature map
-    [z_bar, z] memory                (B, 1 + H4 W4, C) what the context decoder looks at
-    p          contexts              (1, N, D)         learned, in the place of "a photo of a"; D: text width
-    q          queries               (1, N, C)         learned, what pre-model prompting makes contexts from
-    e_k        tokens                (K, L)            the class names' tokens
+    ---------  --------------------  -----------------------------------------------------------------------------
+    x1 .. x4   pyramid               four maps (B, C_i, H_i, W_i)
+    z_bar      global_embedding      (B, C)             CLIP's image embedding
+    z          visual_embeddings     (B, C, H4, W4)     the language-compatible feature map
+    [z_bar, z] memory                (B, 1 + H4 W4, C)  image tokens that the context decoder attends to
+    p          contexts              (1, N, D)          learned, replaces "a photo of a"; D: text width
+    q          queries               (1, N, C)          learned; pre-model prompting turns them into contexts
+    e_k        tokens                (K, L)             token indices of the class names
     t          text_embeddings       (B, K, C)
-    gamma      gamma                 (C,)              how much of the context decoder's answer is added to t
-    s          score_map             (B, K, H4, W4)    cosine of every pixel with every class name
+    v          context_decoder(...)  (B, K, C)          cross-attention from class names to image tokens
+    gamma      gamma                 (C,)               weight of v
+    s          score_map             (B, K, H4, W4)     cosine similarity of every pixel and every class name
     tau        tau                   0.07
-    y          labels                (B, H, W)         in [0, K), or 255: ignored
+    y          labels                (B, H, W)          in [0, K), or 255: ignored
 
-For a ResNet H4 = H / 32; for a ViT it is H / patch size, and x3 is the map that has this size.
+For a ResNet H4 = H / 32. For a ViT H4 = H / patch size, and x3 has this size, so the score map joins x3.
 """
 
 import os
 import pickle
-import zipfile
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from clip_model import (
     ARCHITECTURES,
+    IGNORE_INDEX,
     Architecture,
     ResNet,
     TextEncoder,
@@ -43,25 +45,24 @@ from clip_model import (
     read_weights,
     resize_positions,
 )
+from heads import FPN, SemanticFPNHead, UperNetHead, resize
 from tokenizer import encode, tokenize
-
-IGNORE_INDEX = 255
-
 
 # ------------------------------------------------------------------------------------------------ the method
 
 
 class LanguageGuidedEncoder(nn.Module):
-    """Image in, pyramid with score map out: everything of DenseCLIP but the task's own head.
+    """Image to feature pyramid with score map: all of DenseCLIP except the task's own neck and head.
 
-    backbone:        images -> (pyramid, global_embedding, visual_embeddings), with the attributes `channels` (of the
-                     pyramid's maps) and `score_level` (the index of the map that has visual_embeddings' size)
+    backbone:        images -> (pyramid, global_embedding, visual_embeddings); its attribute `channels` lists the
+                     pyramid's channels, `score_level` is the index of the map with visual_embeddings' size
     text_encoder:    CLIP's, frozen; gradients flow through it to the contexts
-    num_contexts:    N learned context vectors in front of each class name, Eq. (3); 0: `template` alone
-    context_decoder: for post-model prompting, Eqs. (5) and (6); None: the text does not depend on the image
-    gamma:           its start; learned, unless learn_gamma is False
-    score_map:       False leaves the pyramid as the backbone gave it
-    score_temperature: divides the score map where it joins the pyramid (released code: tau in detection)
+    num_contexts:    N learned context vectors before each class name, Eq. (3); 0: `template` alone
+    prompt_decoder:  for pre-model prompting, Eq. (4): (queries, memory) -> (B, N, text width)
+    context_decoder: for post-model prompting, Eqs. (5) and (6): (text_embeddings, memory) -> (B, K, C)
+    gamma:           initial value; fixed if learn_gamma=False
+    join_score_map:  False leaves the pyramid as the backbone returned it
+    score_temperature: divides the score map where it joins the pyramid (released code: 1, in detection tau)
     """
 
     def __init__(
@@ -69,142 +70,116 @@ class LanguageGuidedEncoder(nn.Module):
         backbone: nn.Module,
         text_encoder: TextEncoder,
         class_names: list[str],
+        prompt_decoder: nn.Module | None = None,
         context_decoder: nn.Module | None = None,
         num_contexts: int = 8,
         gamma: float = 1e-4,
         learn_gamma: bool = True,
-        score_map: bool = True,
+        join_score_map: bool = True,
         score_temperature: float = 1.0,
         template: str = "{}",
     ):
         super().__init__()
         self.backbone = backbone
         self.text_encoder = text_encoder.requires_grad_(False)
-        self.context_decoder = context_decoder
+        self.prompt_decoder, self.context_decoder = prompt_decoder, context_decoder
         self.num_contexts, self.template = num_contexts, template
-        self.join_score_map, self.score_temperature = score_map, score_temperature
-        self.contexts = self.gamma = None
-        if num_contexts:
+        self.join_score_map, self.score_temperature = join_score_map, score_temperature
+        self.contexts = self.queries = self.gamma = None
+        if prompt_decoder is not None:
+            self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_contexts, text_encoder.embed_dim)))
+        elif num_contexts:
             self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_contexts, text_encoder.width)))
         if context_decoder is not None:
             self.gamma = nn.Parameter(torch.full((text_encoder.embed_dim,), float(gamma)), requires_grad=learn_gamma)
         self.set_class_names(class_names)
         self.channels = list(backbone.channels)  # of the pyramid that forward returns
-        if score_map:
+        if join_score_map:
             self.channels[backbone.score_level] += len(class_names)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """images: (B, 3, H, W) RGB, normalised with CLIP's mean and std.
+        """images: (B, 3, H, W) RGB, normalized with CLIP's mean and std.
 
-        return: the pyramid, x1 .. x4 with the score map joined to one of them; the score map (B, K, H4, W4);
-            the text embeddings (B, K, C)
+        return: the pyramid x1 .. x4, one of them joined by the score map; score map (B, K, H4, W4); text (B, K, C)
         """
-        # Eq. (1): [z_bar, z] = MHSA([x4_bar, x4]), CLIP's attention pool kept at every position
-        pyramid, global_embedding, visual_embeddings = self.backbone(images)
-        memory = torch.cat([global_embedding[:, None], visual_embeddings.flatten(2).transpose(1, 2)], dim=1)
+        # Eq. (1): [z_bar, z] = MHSA([x4_bar, x4]), CLIP's attention pool applied to every position
+        pyramid, global_embedding, visual_embeddings = self.backbone(images)  # x1 .. x4, (B, C), (B, C, H4, W4)
+        image_tokens = visual_embeddings.flatten(2).transpose(1, 2)  # (B, H4 W4, C)
+        memory = torch.cat([global_embedding[:, None], image_tokens], dim=1)  # (B, 1 + H4 W4, C)
 
         # Eq. (3): t = TextEncoder([p, e_k])
         text_embeddings = self.embed_class_names(memory)  # (B, K, C)
 
         # Eq. (5): v = TransDecoder(t, [z_bar, z]);  Eq. (6): t <- t + gamma v
         if self.context_decoder is not None:
-            text_embeddings = text_embeddings + self.gamma * self.context_decoder(text_embeddings, memory)
+            text_embeddings = text_embeddings + self.gamma * self.context_decoder(text_embeddings, memory)  # (B, K, C)
 
         # Eq. (2): s = z_hat t_hat^T, then x4' = [x4, s]
         score_map = pixel_text_scores(visual_embeddings, text_embeddings)  # (B, K, H4, W4)
         if self.join_score_map:
             level = self.backbone.score_level
-            pyramid[level] = torch.cat([pyramid[level], score_map / self.score_temperature], dim=1)
+            pyramid[level] = torch.cat([pyramid[level], score_map / self.score_temperature], dim=1)  # (B, C_i + K, ...)
         return pyramid, score_map, text_embeddings
 
     def embed_class_names(self, memory: Tensor) -> Tensor:
-        """Text embeddings of the class names before they have seen the image, (B, K, C). Eq. (3).
+        """Text embeddings of the class names before the image refines them, (B, K, C). Eqs. (3) and (4).
 
-        They are the same for all images: in evaluation they are computed once, and are constants to autograd.
+        Where they do not depend on the image, they are computed once in evaluation. Weights edited in place in eval
+        mode go unnoticed: call eval() again.
         """
+        if self.prompt_decoder is not None:
+            # Eq. (4): v = TransDecoder(q, [z_bar, z]), and v replaces p in Eq. (3)
+            contexts = self.prompt_decoder(self.queries.expand(len(memory), -1, -1), memory)  # (B, N, D)
+            return self.text_encoder(self.tokens, contexts)  # (B, K, C)
         if self.training:
-            return self._encode_text().expand(len(memory), -1, -1)
-        return self._cached_text().expand(len(memory), -1, -1)
+            return self.encode_text().expand(len(memory), -1, -1)
+        if self.cached_text is None:
+            # In full precision and usable by autograd, whatever mode the first caller was in.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.tokens.device.type, enabled=False):
+                self.cached_text = self.encode_text()
+        return self.cached_text.expand(len(memory), -1, -1)
 
-    def _encode_text(self) -> Tensor:
+    def encode_text(self) -> Tensor:
+        """t = TextEncoder([p, e_k]), Eq. (3), (1, K, C)."""
         contexts = () if self.contexts is None else (self.contexts,)
         return self.text_encoder(self.tokens, *contexts).view(1, len(self.tokens), -1)
 
-    @torch.compiler.disable  # reads version counters
-    def _cached_text(self) -> Tensor:
-        # An in-place change of a tensor raises its version, and a move to another device or type gives it new memory.
-        # Fused optimisers and `p.data` change values without a version: hence train() below, and the contexts, which
-        # alone are usually trained, are compared by value.
-        tensors = [self.tokens, *self.text_encoder.parameters()]
-        state = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
-        fresh = self._text_cache is not None and self._text_cache[0] == state
-        if fresh and self.contexts is not None:
-            kept = self._text_cache[1]
-            fresh = kept.device == self.contexts.device and torch.equal(kept, self.contexts)
-        if not fresh:
-            # In full precision and as a plain tensor, whatever mode the first caller was in.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.tokens.device.type, enabled=False):
-                kept = None if self.contexts is None else self.contexts.detach().clone()
-                self._text_cache = (state, kept, self._encode_text())
-        return self._text_cache[2]
-
-    def train(self, mode: bool = True) -> "LanguageGuidedEncoder":
-        self._text_cache = None
-        return super().train(mode)
-
-    def _apply(self, fn, *args, **kwargs):  # .to(), .cuda(), .half(): memory may be used again at the same address
-        self._text_cache = None
-        return super()._apply(fn, *args, **kwargs)
-
     def set_class_names(self, class_names: list[str]) -> None:
-        """Guide by these names from now on, for instance others than in training (there must be as many for a head)."""
+        """Guide by these names from now on; a trained head needs as many as it was trained with."""
         check_class_names(class_names)
         texts = [self.template.format(name) for name in class_names]
-        # Released code: 5 tokens, and a name of more than 3 was an error. Here they are as many as the longest needs.
-        length = max(5, 2 + max(len(encode(text)) for text in texts))
+        # Released code: always 5 tokens; a name of more than 3 is an error. Here the longest name decides.
+        longest = max(texts, key=lambda text: len(encode(text)))
+        length = max(5, 2 + len(encode(longest)))
         room = self.text_encoder.context_length - self.num_contexts
         if length > room:
-            longest = max(texts, key=lambda text: len(encode(text)))
             raise ValueError(f"class name {longest!r} has {length} tokens, but the text encoder has room for {room}")
         device = self.text_encoder.token_embedding.weight.device
         self.register_buffer("tokens", tokenize(texts, length).to(device), persistent=False)  # (K, L)
         self.class_names = list(class_names)
-        self._text_cache = None
+        self.cached_text = None
 
+    # What else changes the text drops the cached one: training, moving or casting, loading weights.
 
-class PreModelEncoder(LanguageGuidedEncoder):
-    """Pre-model prompting: the image makes the contexts, so the text encoder runs for every image.
+    def train(self, mode: bool = True) -> "LanguageGuidedEncoder":
+        self.cached_text = None
+        return super().train(mode)
 
-    prompt_decoder: a ContextDecoder, (queries, memory) -> (B, N, text width)
-    """
+    def _apply(self, *args, **kwargs):
+        self.cached_text = None
+        return super()._apply(*args, **kwargs)
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        text_encoder: TextEncoder,
-        class_names: list[str],
-        prompt_decoder: nn.Module,
-        num_contexts: int = 8,
-        score_map: bool = True,
-        score_temperature: float = 1.0,
-    ):
-        common = {"num_contexts": num_contexts, "score_map": score_map, "score_temperature": score_temperature}
-        super().__init__(backbone, text_encoder, class_names, **common)
-        self.contexts = None
-        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_contexts, text_encoder.embed_dim)))
-        self.prompt_decoder = prompt_decoder
-
-    def embed_class_names(self, memory: Tensor) -> Tensor:
-        # Eq. (4): v = TransDecoder(q, [z_bar, z]), and v takes the place of p in Eq. (3)
-        contexts = self.prompt_decoder(self.queries.expand(len(memory), -1, -1), memory)  # (B, N, D)
-        return self.text_encoder(self.tokens, contexts)
+    def _load_from_state_dict(self, *args) -> None:
+        self.cached_text = None
+        super()._load_from_state_dict(*args)
 
 
 class PlainEncoder(nn.Module):
-    """The baselines without language: the backbone's pyramid as it is."""
+    """The baselines without language: the backbone's pyramid, unchanged."""
 
     def __init__(self, backbone: nn.Module, class_names: list[str]):
         super().__init__()
+        check_class_names(class_names)
         self.backbone, self.class_names = backbone, list(class_names)
         self.channels = list(backbone.channels)
 
@@ -213,30 +188,29 @@ class PlainEncoder(nn.Module):
 
 
 class DenseCLIP(nn.Module):
-    """Semantic segmentation: language-guided encoder, FPN, Semantic FPN head (or no neck, and UperNet).
+    """Semantic segmentation: language-guided encoder, FPN, Semantic FPN head (or UperNet, without a neck).
 
-    images, normalised (B, 3, H, W), without labels -> logits (B, K, H, W)
-    with labels (B, H, W) -> {"loss", "aux_loss"}, scalars whose sum is to be minimised
+    forward(images (B, 3, H, W)) -> logits (B, K, H, W)
+    forward(images, labels (B, H, W)) -> {"loss", "aux_loss"}, scalars; minimize their sum
     """
 
-    def __init__(
-        self, encoder: nn.Module, neck: nn.Module, decode_head: nn.Module, aux_weight: float = 0.4, tau: float = 0.07
-    ):
+    def __init__(self, encoder: nn.Module, neck: nn.Module, decode_head: nn.Module, name: str, settings: "Settings"):
         super().__init__()
         self.encoder = encoder
         self.neck = neck
         self.decode_head = decode_head
-        self.aux_weight, self.tau = aux_weight, tau
+        self.name, self.settings = name, settings  # what a checkpoint needs to build the model again
+        self.crop_size, self.aux_weight, self.tau = settings.crop_size, settings.aux_weight, settings.tau
 
     @property
     def class_names(self) -> list[str]:
         return self.encoder.class_names
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        pyramid, score_map, _ = self.encoder(images)  # Eqs. (1) to (6)
+        pyramid, score_map, _ = self.encoder(images)  # Eqs. (1) to (6): (B, C_i, H_i, W_i), (B, K, H4, W4)
         logits = self.decode_head(self.neck(pyramid))  # (B, K, H / 4, W / 4)
         if labels is None:
-            return resize(logits, images.shape[-2:])
+            return resize(logits, images.shape[-2:])  # (B, K, H, W)
 
         losses = {"loss": pixel_cross_entropy(logits, labels)}
         if score_map is not None and self.aux_weight:
@@ -246,7 +220,7 @@ class DenseCLIP(nn.Module):
 
 
 def pixel_text_scores(visual: Tensor, text: Tensor) -> Tensor:
-    """Cosine similarity of every pixel with every class name, Eq. (2).
+    """Cosine similarity of every pixel and every class name, Eq. (2).
 
     visual: (B, C, H, W)  language-compatible feature map z
     text:   (B, K, C)     text embeddings t
@@ -256,25 +230,20 @@ def pixel_text_scores(visual: Tensor, text: Tensor) -> Tensor:
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy at the labels' size.
+    """Cross-entropy at the labels' size, a scalar.
 
     logits: (B, K, h, w), any size; labels: (B, H, W)
-    Released code: the mean is over all pixels, the ignored ones counted as 0.
+    Released code: the mean is over all pixels; ignored ones count as 0.
     """
-    logits = resize(logits.float(), labels.shape[-2:])
+    logits = resize(logits.float(), labels.shape[-2:])  # (B, K, H, W)
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / labels.numel()
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing of (B, C, h, w) to (B, C, H, W)."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 # ------------------------------------------------------------------------------------------------ context decoder
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the context decoder: no bias but the output's."""
+    """Multi-head attention without biases, except the output's."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -285,15 +254,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
-        """queries: (B, K, width); memory: (B, N, width); return: (B, K, width)."""
+        """queries: (B, K, width); memory: (B, M, width); return: (B, K, width)."""
         q, k, v = self.q_proj(queries), self.k_proj(memory), self.v_proj(memory)
-        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, K, width / heads)
-        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, K or M, w / heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, K, w / heads)
+        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))  # (B, K, width)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: self-attention among the queries, cross-attention to the image, MLP."""
+    """Pre-norm: self-attention among the queries, cross-attention to the image tokens, MLP."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -304,32 +273,24 @@ class DecoderLayer(nn.Module):
         self.mlp = nn.Sequential(expand, nn.GELU(), nn.Dropout(dropout), contract, nn.Dropout(dropout))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        y = self.norm1(x)
+        y = self.norm1(x)  # (B, K, width), as every line here
         x = x + self.self_attn(y, y)
         x = x + self.cross_attn(self.norm2(x), memory)
         return x + self.mlp(self.norm3(x))
 
 
 class ContextDecoder(nn.Module):
-    """TransDecoder of Eqs. (4) and (5): what the image has to say to every class name, or to every query.
+    """TransDecoder of Eqs. (4) and (5): cross-attention from class names (or queries) to image tokens.
 
-    embed_dim: C of text and memory; out_dim: of the answer, C if None
+    embed_dim: C of text and memory; out_dim: width of the output, C if None
     Released code: 3 layers, where the paper's text says 6.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        out_dim: int | None = None,
-        width: int = 256,
-        layers: int = 3,
-        heads: int = 4,
-        dropout: float = 0.1,
-    ):
+    def __init__(self, embed_dim: int, out_dim: int | None = None, width: int = 256, layers: int = 3):
         super().__init__()
         self.memory_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width), nn.LayerNorm(width))
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
-        self.decoder = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads=4, dropout=0.1) for _ in range(layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out_dim or embed_dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -339,139 +300,47 @@ class ContextDecoder(nn.Module):
 
     def forward(self, text: Tensor, memory: Tensor) -> Tensor:
         """text: (B, K, C); memory: (B, 1 + HW, C); return: v (B, K, out_dim)."""
-        memory, x = self.memory_proj(memory), self.text_proj(text)
+        memory = self.memory_proj(memory)  # (B, 1 + HW, width)
+        x = self.text_proj(text)  # (B, K, width)
         for layer in self.decoder:
-            x = layer(x, memory)
-        return self.out_proj(x)
-
-
-# ------------------------------------------------------------------------------------------------ pyramid and head
-
-
-def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: bool = False) -> nn.Sequential:
-    """A convolution, or [convolution, batch norm, ReLU], initialised as in the released code."""
-    padding = kernel_size // 2
-    layers = {"conv": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not norm)}
-    nn.init.kaiming_normal_(layers["conv"].weight, mode="fan_out", nonlinearity="relu")
-    if norm:
-        layers.update(bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU())
-    else:
-        nn.init.zeros_(layers["conv"].bias)
-    return nn.Sequential(OrderedDict(layers))
-
-
-class FPN(nn.Module):
-    """Feature pyramid (Lin et al., 2017): lateral 1x1, top-down sums by nearest up-sampling, 3x3 on each level."""
-
-    def __init__(self, in_channels: list[int], channels: int = 256):
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(conv(c, channels, 1) for c in in_channels)
-        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3) for _ in in_channels)
-
-    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
-        """[(B, C_i, H_i, W_i)], fine to coarse -> [(B, channels, H_i, W_i)]."""
-        laterals = [lateral(x) for lateral, x in zip(self.lateral_convs, pyramid, strict=True)]
-        for i in range(len(laterals) - 1, 0, -1):
-            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[-2:])
-        return [output(x) for output, x in zip(self.fpn_convs, laterals, strict=True)]
-
-
-class SemanticFPNHead(nn.Module):
-    """Semantic FPN (Kirillov et al., 2019): every level brought to the finest one's size, summed, classified.
-
-    Level i, of twice the stride of level i - 1, has max(1, i) blocks, each but level 0's followed by x2 up-sampling.
-    """
-
-    def __init__(self, num_classes: int, channels: int = 256, levels: int = 4, dropout: float = 0.1):
-        super().__init__()
-        self.scale_heads = nn.ModuleList()
-        for level in range(levels):
-            blocks = []
-            for _ in range(max(1, level)):
-                blocks.append(conv(channels, channels, 3, norm=True))
-                if level > 0:
-                    blocks.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
-            self.scale_heads.append(nn.Sequential(*blocks))
-        self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
-        """[(B, channels, H_i, W_i)] -> logits (B, K, H_0, W_0)."""
-        finest, *coarser = (head(level) for head, level in zip(self.scale_heads, pyramid, strict=True))
-        x = sum((resize(x, finest.shape[-2:]) for x in coarser), start=finest)
-        return self.conv_seg(self.dropout(x))
-
-
-class UperNetHead(nn.Module):
-    """UperNet (Xiao et al., 2018), as mmsegmentation builds it: pyramid pooling on the coarsest map, top-down sums,
-    all levels brought to the finest one's size and fused by one convolution. It is neck and head in one.
-
-    Not here: the auxiliary FCN head on the third map that mmsegmentation trains beside it with weight 0.4.
-    Training needs two images a batch or more: batch norm sees one pixel an image behind the coarsest pooling.
-    """
-
-    def __init__(self, in_channels: list[int], num_classes: int, channels: int = 512, dropout: float = 0.1):
-        super().__init__()
-        *finer, coarsest = in_channels
-        bins = (1, 2, 3, 6)
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), conv(coarsest, channels, 1, norm=True)) for size in bins
-        )
-        self.bottleneck = conv(coarsest + len(bins) * channels, channels, 3, norm=True)
-        self.lateral_convs = nn.ModuleList(conv(c, channels, 1, norm=True) for c in finer)
-        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3, norm=True) for _ in finer)
-        self.fpn_bottleneck = conv(len(in_channels) * channels, channels, 3, norm=True)
-        self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
-        """[(B, C_i, H_i, W_i)], fine to coarse -> logits (B, K, H_0, W_0)."""
-        *finer, coarsest = pyramid
-        pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.psp_modules]
-        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, finer, strict=True)]
-        levels.append(self.bottleneck(torch.cat([coarsest, *pooled], dim=1)))
-        for i in range(len(levels) - 1, 0, -1):
-            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[-2:])
-        outputs = [output(x) for output, x in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
-        x = torch.cat([resize(x, outputs[0].shape[-2:]) for x in outputs], dim=1)
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))
+            x = layer(x, memory)  # (B, K, width)
+        return self.out_proj(x)  # (B, K, out_dim)
 
 
 class PyramidViT(VisionTransformer):
-    """CLIP's ViT with its four maps brought to strides P/4, P/2, P and 2P, P the patch size."""
+    """CLIP's ViT with its four maps resampled to strides P/4, P/2, P and 2P, for patches of P pixels."""
 
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        width = self.channels[0]
-        self.fpn1 = nn.Sequential(
-            nn.GroupNorm(1, width),
-            nn.ConvTranspose2d(width, width, 2, stride=2),
-            nn.BatchNorm2d(width),
-            nn.GELU(),
-            nn.ConvTranspose2d(width, width, 2, stride=2),
-        )
-        self.fpn2 = nn.Sequential(nn.GroupNorm(1, width), nn.ConvTranspose2d(width, width, 2, stride=2))
+    def __init__(self, layers: int, width: int, *others):  # as VisionTransformer's
+        super().__init__(layers, width, *others)
+
+        def up() -> nn.Module:
+            return nn.ConvTranspose2d(width, width, 2, stride=2)
+
+        self.fpn1 = nn.Sequential(nn.GroupNorm(1, width), up(), nn.BatchNorm2d(width), nn.GELU(), up())
+        self.fpn2 = nn.Sequential(nn.GroupNorm(1, width), up())
         self.fpn3 = nn.GroupNorm(1, width)
         self.fpn4 = nn.Sequential(nn.GroupNorm(1, width), nn.MaxPool2d(2))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        pyramid, global_embedding, visual_embeddings = super().forward(images)
+        pyramid, global_embedding, visual_embeddings = super().forward(images)  # four maps (B, width, H/P, W/P)
         scales = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         return [scale(x) for scale, x in zip(scales, pyramid, strict=True)], global_embedding, visual_embeddings
 
 
-# ------------------------------------------------------------------------------------------------ factories
+# ------------------------------------------------------------------------------------------------ settings
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model: which CLIP, and the sizes that belong to it."""
+    """A named model: which CLIP, and the sizes and released choices that belong to it."""
 
     architecture: Architecture
-    crop_size: int  # pixels; training crop, window of evaluation, and what the positional grid is set up for
+    crop_size: int  # pixels per side
     drop_path: float = 0.0
     channels: int = 256  # of FPN and head
     decoder_width: int = 256  # of the context decoder
+    aux_weight: float = 0.4
+    detection: bool = False  # released detectors: s / tau joins the pyramid; positions are cropped from a large grid
 
 
 PRESETS = {
@@ -482,210 +351,203 @@ PRESETS = {
     "rn50x64": Preset(ARCHITECTURES["RN50x64"], 512),
     "vitb32": Preset(ARCHITECTURES["ViT-B/32"], 640, drop_path=0.1),
     "vitb16": Preset(ARCHITECTURES["ViT-B/16"], 640, drop_path=0.1),
-    "vitl14": Preset(ARCHITECTURES["ViT-L/14"], 644, drop_path=0.1),  # 46 patches a side
+    "vitl14": Preset(ARCHITECTURES["ViT-L/14"], 644, drop_path=0.1),  # 46 patches per side
     "vitl14_336": Preset(ARCHITECTURES["ViT-L/14@336px"], 644, drop_path=0.1),
     # for a CPU, from random weights
     "tiny": Preset(Architecture(128, 128, (1, 1, 1, 1), 32, 0, 64, 2), 128, channels=64, decoder_width=64),
     "tiny_vit": Preset(Architecture(128, 128, 4, 128, 16, 64, 2), 128, channels=64, decoder_width=64),
 }
-PROMPTING = ("post", "pre", "learned", "template", "none")
+PROMPTING = {  # the paper's systems: where the contexts of the text come from, and whether the image refines the text
+    "post": ("learned", True),  # Eqs. (3), (5) and (6): the final model
+    "pre": ("image", False),  # Eq. (4)
+    "learned": ("learned", False),  # Eq. (3)
+    "template": ("template", False),  # "a photo of a {}."
+    "none": (None, False),  # no language: the baselines
+}
 HEADS = ("fpn", "upernet")
 
 
-def build_model(
-    name: str,
-    class_names: list[str],
-    clip: str | None = None,
-    *,
-    head: str = "fpn",
-    aux_weight: float = 0.4,
-    tau: float = 0.07,
-    **encoder_settings,
-) -> DenseCLIP:
-    """A segmentation model.
+@dataclass(frozen=True)
+class Settings:
+    """What the paper's ablations vary. None means the default after the semicolon; `resolve` fills it in."""
 
-    name: one of PRESETS; clip: weights by name or path (see `clip_model.load_clip`), None for random ones
-    head: "fpn": Semantic FPN, or "upernet"
-    aux_weight, tau: of the auxiliary loss, Eq. (7); encoder_settings: see `build_encoder`
-    """
-    if head not in HEADS:
-        raise ValueError(f"no head named {head!r}: choose one of {', '.join(HEADS)}")
-    encoder = build_encoder(name, class_names, clip, **encoder_settings)
-    if isinstance(encoder, LanguageGuidedEncoder) and not (aux_weight or encoder.join_score_map):
-        raise ValueError('with neither score map nor auxiliary loss language has no effect: that is prompting="none"')
-    channels = PRESETS[name].channels
-    if head == "fpn":
-        neck, decode_head = FPN(encoder.channels, channels), SemanticFPNHead(len(class_names), channels)
+    prompting: str = "post"  # a key of PROMPTING (Table 2)
+    num_contexts: int | None = None  # N of Eqs. (3) and (4); 8
+    decoder_layers: int | None = None  # of TransDecoder; 3, for pre-model prompting 6
+    gamma: float | None = None  # initial value, Eq. (6); 1e-4 (Table 8)
+    learn_gamma: bool | None = None  # False keeps the initial value; True (Table 8)
+    join_score_map: bool | None = None  # x4' = [x4, s], Eq. (2); True
+    aux_weight: float | None = None  # of the auxiliary loss, Eqs. (7) and (8); 0.4, for detectors 1
+    tau: float | None = None  # temperature in Eqs. (7) and (8); 0.07
+    head: str | None = None  # "fpn" (FPN and Semantic FPN) or "upernet", segmentation only; "fpn"
+    backbone: str | None = None  # image encoder, one of backbones.PYRAMIDS; CLIP's own
+    crop_size: int | None = None  # pixels per side of training crop, test window and positional grid; the preset's
+    drop_path: float | None = None  # of CLIP's ViT; the preset's
+    double_class_embedding: bool | None = None  # Released code: CLIP's ViT adds its class embedding twice; True
+    quick_gelu: bool | None = None  # False for weights trained with GELU, such as most of open_clip's; True
+    context_length: int | None = None  # positions of the text encoder; 77
+
+
+def resolve(settings: Settings, preset: Preset) -> Settings:
+    """The settings with defaults filled in. What would have no effect stays None, and a ValueError if it was given."""
+    s = settings
+    for name, choices in {"prompting": PROMPTING, "head": HEADS}.items():
+        if getattr(s, name) not in (None, *choices):
+            raise ValueError(f"no {name} named {getattr(s, name)!r}: choose one of {', '.join(choices)}")
+    contexts, refined = PROMPTING[s.prompting]
+    language, decoder = contexts is not None, refined or contexts == "image"
+    vit = s.backbone is None and preset.architecture.patch_size > 0
+    tau = language and (s.aux_weight != 0 or preset.detection and s.join_score_map is not False)
+    rules = {  # name: (default, whether it has an effect, what it needs)
+        "num_contexts": (8, contexts in ("learned", "image"), "learned contexts"),
+        "decoder_layers": (6 if contexts == "image" else 3, decoder, "a context decoder"),
+        "gamma": (1e-4, refined, "post-model prompting"),
+        "learn_gamma": (True, refined, "post-model prompting"),
+        "join_score_map": (True, language, "a score map"),
+        "aux_weight": (preset.aux_weight, language, "a score map"),
+        "tau": (0.07, tau, "an auxiliary loss"),
+        "head": ("fpn", not preset.detection, "a segmentation model"),
+        "crop_size": (preset.crop_size, True, ""),
+        "drop_path": (preset.drop_path, vit, "CLIP's ViT"),
+        "double_class_embedding": (True, vit, "CLIP's ViT"),
+        "quick_gelu": (True, language or vit, "a transformer of CLIP's"),
+        "context_length": (77, language, "a text encoder"),
+    }
+    for name, (default, has_effect, needs) in rules.items():
+        value = getattr(s, name)
+        if value is None and has_effect:
+            s = replace(s, **{name: default})
+        elif value is not None and not has_effect:
+            what = f"prompting={s.prompting}" + (f", backbone={s.backbone}" if s.backbone else "")
+            raise ValueError(f"{name}={value} would have no effect: it needs {needs} ({what}); leave it out")
+    for name, least in {"num_contexts": 1, "decoder_layers": 1, "crop_size": 32}.items():
+        if (value := getattr(s, name)) is not None and value < least:
+            raise ValueError(f"{name} is {value}, it must be at least {least}")
+    if language and not (s.aux_weight or s.join_score_map):
+        raise ValueError("with neither score map nor auxiliary loss, language has no effect: use prompting=none")
+    return s
+
+
+# ------------------------------------------------------------------------------------------------ factories
+
+
+def build_model(name: str, class_names: list[str], clip: str | None = None, **settings) -> DenseCLIP:
+    """A segmentation model: preset `name`, CLIP's weights `clip`, and `settings` as `build_encoder` takes them."""
+    if (preset := PRESETS.get(name)) is None:
+        raise ValueError(f"no segmentation model named {name!r}: choose one of {', '.join(PRESETS)}")
+    encoder, settings = build_encoder(preset, class_names, clip, **settings)
+    if settings.head == "fpn":
+        neck, decode_head = FPN(encoder.channels, preset.channels), SemanticFPNHead(len(class_names), preset.channels)
     else:
-        neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * channels)
-    model = DenseCLIP(encoder, neck, decode_head, aux_weight, tau)
-    model.name = name
-    model.settings = {"head": head, "aux_weight": aux_weight, "tau": tau, **encoder.settings}
-    model.crop_size = encoder.settings["crop_size"]
-    return model
+        neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * preset.channels)
+    return DenseCLIP(encoder, neck, decode_head, name, settings)
 
 
 def build_encoder(
-    name: str,
+    preset: Preset,
     class_names: list[str],
     clip: str | None = None,
-    *,
     backbone: str | nn.Module | None = None,
     backbone_weights: str | None = None,
-    prompting: str = "post",
-    num_contexts: int = 8,
-    decoder_layers: int | None = None,
-    gamma: float = 1e-4,
-    learn_gamma: bool = True,
-    score_map: bool = True,
-    score_temperature: float = 1.0,
-    crop_size: int | None = None,
-    drop_path: float | None = None,
-    context_length: int = 77,
-    quick_gelu: bool = True,
-    double_class_embedding: bool = True,
-    crop_positions: bool = False,
-) -> LanguageGuidedEncoder | PlainEncoder:
-    """The language-guided encoder without a head, for any dense task.
+    **settings,
+) -> tuple[LanguageGuidedEncoder | PlainEncoder, Settings]:
+    """The encoder of any dense task, without a head, and its settings with defaults filled in.
 
-    backbone:        None: CLIP's image encoder; else `name` says the text encoder alone, and this the image encoder:
-                     one of backbones.PYRAMIDS, or a module such as backbones.WithAttentionPool makes
-    backbone_weights: of a backbone by name: torchvision's name for them or a path; None: random
-    prompting:       "post", the paper's choice: the image refines the text, Eqs. (5) and (6); "pre": the image makes
-                     the contexts, Eq. (4); "learned": contexts alone, Eq. (3); "template": "a photo of a {}.";
-                     "none": no language, the baseline
-    decoder_layers:  None: 3, or 6 for "pre"
-    gamma:           its start; learned, unless learn_gamma is False
-    score_map:       joined to the pyramid, divided by score_temperature
-    crop_size:       pixels a side, for which the positional grid is set up; None: the preset's; drop_path likewise
-    context_length:  positions of the text encoder
-    quick_gelu:      False for weights trained with GELU (open_clip's)
-    double_class_embedding: the released code adds the ViT's class embedding to its token a second time
-    crop_positions:  take the corner of the positional grid instead of resizing it (detection)
+    clip:     CLIP's weights by name or path (see `clip_model.load_clip`); None: random
+    backbone: image encoder instead of CLIP's: a name in backbones.PYRAMIDS, whose `backbone_weights` are torchvision's
+              name for them, a path, or None: random; or a module of your own, such as backbones.AttentionPoolBackbone
+    settings: fields of `Settings`
     """
-    if name not in PRESETS:
-        raise ValueError(f"no model named {name!r}: choose one of {', '.join(PRESETS)}")
-    if prompting not in PROMPTING:
-        raise ValueError(f"no prompting named {prompting!r}: choose one of {', '.join(PROMPTING)}")
-    check_class_names(class_names)
-    preset = PRESETS[name]
-    a = preset.architecture
-    crop_size = preset.crop_size if crop_size is None else crop_size
-    drop_path = preset.drop_path if drop_path is None else drop_path
-    decoder_layers = (6 if prompting == "pre" else 3) if decoder_layers is None else decoder_layers
-    for what, value, least in (("crop_size", crop_size, 32), ("decoder_layers", decoder_layers, 1),
-                               ("num_contexts", num_contexts, 1)):
-        if value < least:
-            raise ValueError(f"{what} is {value}, it has to be at least {least}")
-    settings = {
-        "backbone": type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone,
-        "prompting": prompting, "num_contexts": num_contexts, "decoder_layers": decoder_layers, "gamma": gamma,
-        "learn_gamma": learn_gamma, "score_map": score_map, "score_temperature": score_temperature,
-        "crop_size": crop_size, "drop_path": drop_path, "context_length": context_length, "quick_gelu": quick_gelu,
-        "double_class_embedding": double_class_embedding, "crop_positions": crop_positions,
-    }
+    if backbone_weights is not None and not isinstance(backbone, str):
+        raise ValueError(f"backbone_weights={backbone_weights} would have no effect: they belong to a backbone by name")
+    name = type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone
+    s = resolve(Settings(backbone=name, **settings), preset)
+    a, (contexts, refined) = preset.architecture, PROMPTING[s.prompting]
 
-    embed_dim = 0 if prompting == "none" else a.embed_dim
+    embed_dim = a.embed_dim if contexts else 0  # 0: no projection to the text's space
     if isinstance(backbone, nn.Module):
-        image_encoder = backbone  # such a model is rebuilt by the code that made the module
+        image_encoder = backbone
     elif backbone is not None:
-        from backbones import build_backbone
+        from backbones import build_backbone  # here, so that a copy of this file works without backbones.py
 
-        image_encoder = build_backbone(backbone, backbone_weights, embed_dim, crop_size)
+        image_encoder = build_backbone(backbone, backbone_weights, embed_dim, s.crop_size)
     elif a.patch_size:
-        image_encoder = PyramidViT(
-            layers=a.layers,
-            width=a.width,
-            patch_size=a.patch_size,
-            embed_dim=embed_dim,
-            input_resolution=crop_size,
-            quick_gelu=quick_gelu,
-            drop_path=drop_path,
-            double_class_embedding=double_class_embedding,
-        )
+        options = (s.quick_gelu, s.drop_path, s.double_class_embedding)
+        image_encoder = PyramidViT(a.layers, a.width, a.patch_size, embed_dim, s.crop_size, *options)
     else:
-        image_encoder = ResNet(a.layers, a.width, embed_dim, crop_size, crop_positions)
+        image_encoder = ResNet(a.layers, a.width, embed_dim, s.crop_size, crop_positions=preset.detection)
 
-    if prompting == "none":
+    if contexts is None:
         encoder = PlainEncoder(image_encoder, class_names)
     else:
-        text = TextEncoder(a.embed_dim, a.text_width, a.text_layers, context_length, a.vocab_size, quick_gelu)
-        sizes = {"width": preset.decoder_width, "layers": decoder_layers}
-        parts = {"backbone": image_encoder, "text_encoder": text, "class_names": class_names}
-        join = {"score_map": score_map, "score_temperature": score_temperature}
-        if prompting == "pre":
-            prompt_decoder = ContextDecoder(a.embed_dim, a.text_width, **sizes)
-            encoder = PreModelEncoder(**parts, prompt_decoder=prompt_decoder, num_contexts=num_contexts, **join)
-        else:
-            encoder = LanguageGuidedEncoder(
-                **parts,
-                context_decoder=ContextDecoder(a.embed_dim, **sizes) if prompting == "post" else None,
-                num_contexts=0 if prompting == "template" else num_contexts,
-                gamma=gamma,
-                learn_gamma=learn_gamma,
-                template="a photo of a {}." if prompting == "template" else "{}",
-                **join,
-            )
+        sizes = {"width": preset.decoder_width, "layers": s.decoder_layers}
+        encoder = LanguageGuidedEncoder(
+            image_encoder,
+            TextEncoder(a.embed_dim, a.text_width, a.text_layers, s.context_length, a.vocab_size, s.quick_gelu),
+            class_names,
+            prompt_decoder=ContextDecoder(a.embed_dim, a.text_width, **sizes) if contexts == "image" else None,
+            context_decoder=ContextDecoder(a.embed_dim, **sizes) if refined else None,
+            num_contexts=s.num_contexts or 0,
+            gamma=s.gamma,
+            learn_gamma=s.learn_gamma,
+            join_score_map=s.join_score_map,
+            score_temperature=s.tau if preset.detection else 1.0,
+            template="a photo of a {}." if contexts == "template" else "{}",
+        )
     if clip is not None:
-        load_clip_weights(encoder, read_weights(clip), a, clip)
-    encoder.settings = settings
-    return encoder
+        load_clip_weights(encoder, a, clip)
+    return encoder, s
 
 
 def check_class_names(class_names: list[str]) -> None:
     """A ValueError unless class_names is a list of different, non-empty names."""
     if isinstance(class_names, str) or not class_names or not all(class_names):
         raise ValueError(f"expected a list of class names, none of them empty, got {class_names!r}")
-    doubled = sorted({name for name in class_names if list(class_names).count(name) > 1})
-    if doubled:
-        raise ValueError(f"class names must differ, but {', '.join(map(repr, doubled))} came more than once")
+    repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
+    if repeated:
+        raise ValueError(f"class names must differ, but {', '.join(map(repr, repeated))} occurs more than once")
 
 
-def load_clip_weights(encoder: nn.Module, weights: dict[str, Tensor], expected: Architecture, source: str) -> None:
-    """Put CLIP's weights into an encoder's backbone, positional embeddings resized to its grid, and text encoder.
-
-    A backbone that is not CLIP's stays as it is.
-    """
-    found = read_architecture(weights, source)
+def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> None:
+    """Load CLIP's text encoder, and its image encoder with positional embeddings resized, unless it was replaced."""
+    weights = read_weights(clip)
+    found = read_architecture(weights, clip)
     for field in ("layers", "width", "patch_size", "embed_dim", "text_width", "text_layers"):
-        if getattr(found, field) != getattr(expected, field):
-            raise ValueError(
-                f"{source}: weights of another architecture: {field} is {getattr(found, field)}, "
-                f"the model expects {getattr(expected, field)}"
-            )
-    if isinstance(encoder.backbone, (ResNet, VisionTransformer)):
-        load_visual_weights(encoder, weights, source)
-    if not isinstance(encoder, PlainEncoder):
-        text = {key: value for key, value in weights.items() if not key.startswith("visual.") and key != "logit_scale"}
-        load_weights(encoder.text_encoder, text, source)
-
-
-def load_visual_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Put CLIP's weights into an encoder's backbone, which is CLIP's."""
-    own = encoder.backbone.state_dict()
+        theirs, ours = getattr(found, field), getattr(expected, field)
+        if theirs != ours:
+            raise ValueError(f"{clip}: weights of another architecture: {field} is {theirs}, the model expects {ours}")
+    if isinstance(encoder, LanguageGuidedEncoder):
+        text = {key: value for key, value in weights.items() if not key.startswith(("visual.", "logit_scale"))}
+        load_weights(encoder.text_encoder, text, clip)
+    if not isinstance(encoder.backbone, (ResNet, VisionTransformer)):
+        return
+    state = encoder.backbone.state_dict()
     visual = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
     for key in ("positional_embedding", "attnpool.positional_embedding"):
-        if key in visual and key in own:
-            grid = round((len(own[key]) - 1) ** 0.5)
+        if key in visual and key in state:
+            grid = round((len(state[key]) - 1) ** 0.5)
             visual[key] = resize_positions(visual[key], (grid, grid))
-    if isinstance(encoder, PlainEncoder):  # it has no way into the space of the text
+    if isinstance(encoder, PlainEncoder):  # no projection to the text's space
         visual = {key: value for key, value in visual.items() if not key.startswith(("attnpool.", "ln_post.", "proj"))}
-    new = {key: value for key, value in own.items() if key.startswith("fpn")}  # PyramidViT's, not in CLIP
-    load_weights(encoder.backbone, {**new, **visual}, source)
+    new = {key: value for key, value in state.items() if key.startswith("fpn")}  # PyramidViT's, not in CLIP
+    load_weights(encoder.backbone, {**new, **visual}, clip)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
-    """Write tensors and built-ins alone: name, settings, class names and weights of the model, and `extra`.
+    """Write the model's name, settings, class names and weights, and `extra`: only tensors and built-in types.
 
-    The file appears under its name when it is complete: a crash leaves the one before it.
+    The file gets its name once it is complete: after a crash, or if a weight is not finite, the previous one is kept.
     """
+    broken = next((name for name, value in model.named_parameters() if not torch.isfinite(value).all()), None)
+    if broken:
+        raise ValueError(f"{path} was left as it is: {broken} is not finite; a lower --lr or --clip-grad may help")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    checkpoint = {"name": model.name, "settings": model.settings, "class_names": model.class_names}
+    checkpoint = {"name": model.name, "settings": asdict(model.settings), "class_names": model.class_names}
     with open(part, "wb") as file:
         torch.save({**checkpoint, "model": model.state_dict(), **extra}, file)
         file.flush()
@@ -693,87 +555,42 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
     os.replace(part, path)
 
 
-def read_checkpoint(path: str | Path, unsafe: bool = False) -> dict:
-    """The dictionary in a checkpoint file, ours or the released code's, on the CPU.
+def read_checkpoint(path: str | Path) -> dict:
+    """The dictionary that `save_checkpoint` wrote, on the CPU; a ValueError for any other file."""
+    checkpoint = read_tensors(path)
+    if isinstance(checkpoint, dict) and {"name", "settings", "class_names", "model"} <= checkpoint.keys():
+        return checkpoint
+    if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
+        raise ValueError(f"{path}: a checkpoint of the authors' release? Convert it: python convert.py {path} OURS.pt")
+    raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote")
 
-    unsafe: also unpickle arbitrary objects, which can run code; the released files' "meta" may hold such.
-    """
+
+def read_tensors(path: str | Path) -> object:
+    """What torch.save wrote to path, if it consists of tensors and built-in types: loading it runs no code."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not unsafe)
-    except pickle.UnpicklingError:
-        if not zipfile.is_zipfile(path) and Path(path).read_bytes()[:1] != b"\x80":  # neither of torch.save's formats
-            raise ValueError(f"{path}: not a checkpoint, or cut short") from None
-        raise ValueError(
-            f"{path}: holds more than tensors and built-ins. If you trust where it comes from, "
-            "load_checkpoint(path, unsafe=True), or eval.py --unsafe, reads it, running whatever code it holds"
-        ) from None
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: not a readable checkpoint, perhaps cut short: copy it again ({reason})") from None
-    ours = {"name", "settings", "class_names", "model"}
-    if not isinstance(checkpoint, dict) or not (ours <= checkpoint.keys() or "state_dict" in checkpoint):
-        raise ValueError(f"{path}: expected a checkpoint of train.py or of the released code, with weights in it")
-    return checkpoint
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's messages run over many lines and do not name the file
+        reason = f"not a readable checkpoint, perhaps cut short ({str(error).strip().partition(chr(10))[0]})"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = (
+                "no checkpoint, or one with more than tensors and built-in types. If it is the authors' and you trust "
+            )
+            reason += f"it: python convert.py {path} OURS.pt --unsafe runs whatever code it holds"
+        raise ValueError(f"{path}: {reason}") from None
 
 
-def load_checkpoint(path: str | Path, class_names: list[str] | None = None, unsafe: bool = False) -> DenseCLIP:
-    """The model in a file of train.py or of the authors' release, in evaluation mode on the CPU.
-
-    class_names: for released files that do not hold them; unsafe: see `read_checkpoint`
-    """
-    return restore_model(read_checkpoint(path, unsafe), path, class_names)
+def load_checkpoint(path: str | Path) -> DenseCLIP:
+    """The segmentation model in a file of train.py, in evaluation mode on the CPU."""
+    return restore_model(read_checkpoint(path), path, build_model)
 
 
-def restore_model(checkpoint: dict, path: str | Path, class_names: list[str] | None = None) -> DenseCLIP:
-    """The model in what `read_checkpoint` read from path."""
-    if "settings" in checkpoint:
-        name, weights, settings = checkpoint["name"], checkpoint["model"], checkpoint["settings"]
-        class_names = checkpoint["class_names"]
-        if name not in PRESETS:
-            raise ValueError(f"{path}: {name!r} is no segmentation model; detection.load_checkpoint reads detectors")
-    else:
-        name, weights, settings = from_released(checkpoint["state_dict"], path)
-        class_names = released_class_names(checkpoint, len(weights["decode_head.conv_seg.weight"]), path, class_names)
+def restore_model(checkpoint: dict, path: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
+    """The model in what `read_checkpoint` read from path; `build` is build_model, of this file or detection.py."""
     try:
-        model = build_model(name, class_names, **settings)
-    except TypeError as error:
-        raise ValueError(f"{path}: a setting that this version does not know, is it newer? ({error})") from None
-    load_weights(model, weights, str(path))
+        model = build(checkpoint["name"], checkpoint["class_names"], **checkpoint["settings"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: this version cannot build its model: {error}") from None
+    load_weights(model, checkpoint["model"], str(path))
     return model.eval()
-
-
-def from_released(state_dict: dict[str, Tensor], path: str | Path) -> tuple[str, dict[str, Tensor], dict]:
-    """The released code's segmentation weights under our names; return: preset, weights, settings of `build_model`."""
-    if "decode_head.conv_seg.weight" not in state_dict:
-        raise ValueError(f"{path}: not a segmentation model of the released code: no decode_head.conv_seg.weight in it")
-    ours = ("neck.", "decode_head.")
-    weights = {key if key.startswith(ours) else f"encoder.{key}": value for key, value in state_dict.items()}
-    name, settings = read_released_encoder(state_dict, path)
-    return name, weights, settings
-
-
-def read_released_encoder(state_dict: dict[str, Tensor], path: str | Path) -> tuple[str, dict]:
-    """Preset and settings of `build_encoder` that the released code's weights belong to, for any task."""
-    as_clip = {}
-    for key, value in state_dict.items():
-        if key.startswith(("backbone.", "text_encoder.")):
-            as_clip[key.replace("backbone.", "visual.", 1).removeprefix("text_encoder.")] = value
-    found = read_architecture(as_clip, str(path))
-    names = {(p.architecture.layers, p.architecture.width, p.architecture.patch_size): n for n, p in PRESETS.items()}
-    name = names.get((found.layers, found.width, found.patch_size))
-    if name is None:
-        raise ValueError(f"{path}: no model here has its backbone ({found}): choose from {', '.join(PRESETS)}")
-    settings = {"prompting": "post" if found.text_width else "none", "context_length": found.context_length or 77}
-    if found.input_resolution:  # baselines have no positional grid
-        settings["crop_size"] = found.input_resolution
-    return name, settings
-
-
-def released_class_names(checkpoint: dict, expected: int, path: str | Path, given: list[str] | None) -> list[str]:
-    """The names that a released checkpoint holds, unless others are given; they must be as many as the model's."""
-    class_names = given or list((checkpoint.get("meta") or {}).get("CLASSES") or [])
-    if len(class_names) != expected:
-        raise ValueError(f"{path}: a model of {expected} classes, but {len(class_names)} names; give class_names")
-    return class_names

@@ -1,37 +1,33 @@
-"""Detection data and AP are COCO's: a set is read as its file says, what is wrong with it is named or counted, batches
-resume exactly, and the scores are those that pycocotools gives for the file itself. A tiny model learns one image."""
+"""Detection data and AP are COCO's: a data set is read as its file says, mistakes in it are named or counted, training
+resumes exactly, and AP equals what pycocotools computes from the files. A tiny model learns one image."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from pycocotools import mask as coding
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 import coco
-from coco import (
-    CocoDetection,
-    DetectionTransform,
-    GroupedSampler,
-    evaluate_detection,
-    format_ap_table,
-)
+from coco import SUMMARY, CocoDetection, DetectionTransform, evaluate_detection, find_coco, format_ap_table
 from detection import build_model
 
-COLOURS = {"square": (200, 40, 40), "disc": (40, 60, 220), "bar": (30, 160, 60)}
-CATEGORIES = [{"id": 7, "name": "disc"}, {"id": 3, "name": "square"}, {"id": 90, "name": "bar"}]  # not in id order
+COLORS = {"square": (200, 40, 40), "disc": (40, 60, 220), "bar": (30, 160, 60)}
+CATEGORIES = [{"id": 7, "name": "disc"}, {"id": 3, "name": "square"}, {"id": 90, "name": "bar"}]  # not sorted by id
 
 
 def draw(folder, sizes, seed=0):
-    """Images of the given (width, height) with one object of each category on grey, their file in COCO's format."""
+    """Images of the given (width, height) with one object of each category on gray; returns their annotation file."""
     random = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
@@ -43,18 +39,20 @@ def draw(folder, sizes, seed=0):
             h = w if category["name"] != "bar" else w // 2
             x, y = j * width // 3 + int(random.integers(0, 4)), int(random.integers(0, height - h))
             shape = pen.ellipse if category["name"] == "disc" else pen.rectangle
-            shape((x, y, x + w - 1, y + h - 1), fill=COLOURS[category["name"]])
+            shape((x, y, x + w - 1, y + h - 1), fill=COLORS[category["name"]])
             polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-            annotations.append({"id": len(annotations) + 1, "image_id": 100 + i, "category_id": category["id"],
-                                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "segmentation": [polygon]})
+            entry = {"id": len(annotations) + 1, "image_id": 100 + i, "category_id": category["id"], "iscrowd": 0}
+            annotations.append({**entry, "bbox": [x, y, w, h], "area": w * h, "segmentation": [polygon]})
         image.save(folder / "images" / f"{i}.png")
         images.append({"id": 100 + i, "file_name": f"{i}.png", "width": width, "height": height})
-    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    return {"images": images, "annotations": annotations, "categories": [dict(c) for c in CATEGORIES]}
 
 
-def save(folder, content, name="set.json"):
-    (folder / name).write_text(json.dumps(content))
-    return folder / "images", folder / name
+def open_set(folder, content=None, limits=(96, 64), flip=0.0, **options):
+    """The data set of folder/images and folder/set.json, which is written first if there is new content."""
+    if content is not None:
+        (folder / "set.json").write_text(json.dumps(content))
+    return CocoDetection(folder / "images", folder / "set.json", DetectionTransform(limits, flip), **options)
 
 
 @pytest.fixture
@@ -63,97 +61,92 @@ def content(tmp_path):
 
 
 class Oracle(nn.Module):
-    """Gives detections that were made beforehand, in order, scaled as a model scales them."""
+    """Returns prepared detections, one image after another."""
 
     def __init__(self, detections):
         super().__init__()
-        self.detections, self.calls = detections, 0
+        self.detections = iter(detections)
 
     def forward(self, images, sizes=None):
-        found = self.detections[self.calls]
-        self.calls += 1
-        return [found]
+        return [next(self.detections)]
 
 
-def truth_of(dataset, keep=lambda annotation: True):
-    """What a perfect model finds in a data set: boxes, and masks where the set has them."""
+def perfect_detections(dataset, keep=lambda annotation: True):
+    """The ground truth that `keep` selects as a model's detections."""
     detections = []
     for image in dataset.images:
-        annotations = [a for a in dataset.by_image[image["id"]] if keep(a)]
-        found = {
-            "boxes": torch.tensor([a["box"] for a in annotations], dtype=torch.float32).reshape(-1, 4),
-            "scores": torch.linspace(0.9, 0.5, len(annotations)),
-            "labels": torch.tensor([a["label"] for a in annotations], dtype=torch.int64),
-        }
-        if dataset.masks:
-            size = (image["height"], image["width"])
-            masks = [coco.decode_mask(a["segmentation"], size, "") for a in annotations]
-            found["masks"] = torch.from_numpy(np.stack(masks)).bool() if masks else torch.zeros(0, *size).bool()
-        detections.append(found)
+        annotations = [a for a in dataset.coco.imgToAnns[image["id"]] if keep(a)]
+        boxes = torch.tensor([a["box"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([a["label"] for a in annotations], dtype=torch.int64)
+        detections.append({"boxes": boxes, "scores": torch.linspace(0.9, 0.5, len(labels)), "labels": labels})
+        if dataset.load_masks:
+            masks = torch.zeros(len(labels), image["height"], image["width"], dtype=torch.bool)
+            for mask, annotation in zip(masks, annotations, strict=True):
+                mask[:] = torch.from_numpy(dataset.coco.annToMask(annotation))
+            detections[-1]["masks"] = masks
     return detections
 
 
-def pycocotools_scores(annotation_file, results_file, kind):
-    """AP, AP50 and so on from the two files, by pycocotools alone."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotation_file))
-        results = [{k: v for k, v in r.items() if k != ("bbox" if kind == "segm" else "segmentation")}
-                   for r in json.loads(results_file.read_text())]
-        evaluation = COCOeval(truth, truth.loadRes(results), kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats[:6].tolist()
+def score(dataset, detections, **options):
+    return evaluate_detection(Oracle(detections), dataset, "cpu", progress=False, **options)
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def test_samples_have_what_the_file_says(content, tmp_path):
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((192, 128)), masks=True, train=True)
+def test_both_folder_layouts_are_found(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    for images, annotations in (("images/val", "instances_val.json"), ("val2017", "instances_val2017.json")):
+        with pytest.raises(FileNotFoundError, match="expected train2017 and .* or images/train"):
+            find_coco(tmp_path, "train")
+        (tmp_path / images).mkdir(parents=True)
+        (tmp_path / "annotations" / annotations).touch()
+        assert find_coco(tmp_path, "val") == (tmp_path / images, tmp_path / "annotations" / annotations)
+
+
+def test_samples_match_the_file(content, tmp_path):
+    dataset = open_set(tmp_path, content, (192, 128), load_masks=True, train=True)
     assert len(dataset) == 3 and dataset.class_names == ["square", "disc", "bar"] and dataset.category_ids == [3, 7, 90]
     image, target, path = dataset[0]
     assert image.shape == (3, 128, 192) and image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
     assert target["labels"].tolist() == [1, 0, 2] and target["image_id"] == 100 and target["size"] == (64, 96)
+    assert path == str(tmp_path / "images" / "0.png")
     for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
         x1, y1, x2, y2 = box.int().tolist()
-        colour = image[:, (y1 + y2) // 2, (x1 + x2) // 2] * 255
-        assert colour.round().int().tolist() == list(COLOURS[dataset.class_names[label]])
+        color = image[:, (y1 + y2) // 2, (x1 + x2) // 2] * 255
+        assert color.round().int().tolist() == list(COLORS[dataset.class_names[label]])
         assert mask[y1:y2, x1:x2].all() and mask.sum() == (y2 - y1) * (x2 - x1)
 
 
-def test_classes_come_in_the_models_order(content, tmp_path):
-    paths = save(tmp_path, content)
-    dataset = CocoDetection(*paths, DetectionTransform(), ["bar", "disc", "square"])
+def test_classes_have_the_models_order(content, tmp_path):
+    dataset = open_set(tmp_path, content, class_names=["bar", "disc", "square"])
     assert dataset.category_ids == [90, 7, 3] and dataset[0][1]["labels"].tolist() == [1, 2, 0]
-    message = "3 categories are not the model's 2 classes: only in the file: 'bar', 'square'; only in the model: 'cat'"
-    with pytest.raises(ValueError, match=message):
-        CocoDetection(*paths, DetectionTransform(), ["disc", "cat"])
+    with pytest.raises(ValueError, match=r"set.json: .* missing \['cat'\], extra \['bar', 'square'\]"):
+        open_set(tmp_path, class_names=["disc", "cat"])
 
 
-def test_a_flip_turns_image_boxes_and_masks(content, tmp_path):
-    paths = save(tmp_path, content)
-    image, target, _ = CocoDetection(*paths, DetectionTransform((96, 64)), masks=True, train=True)[0]
-    turned, turned_target, _ = CocoDetection(*paths, DetectionTransform((96, 64), flip=1.0), masks=True, train=True)[0]
-    torch.testing.assert_close(turned, image.flip(2))
-    assert torch.equal(turned_target["masks"], target["masks"].flip(2))
-    mirrored = (target["boxes"] - torch.tensor([96.0, 0, 96, 0])).abs()[:, [2, 1, 0, 3]]
-    torch.testing.assert_close(turned_target["boxes"], mirrored)
+def test_a_flip_mirrors_image_boxes_and_masks(content, tmp_path):
+    image, target, _ = open_set(tmp_path, content, load_masks=True, train=True)[0]
+    mirrored, mirrored_target, _ = open_set(tmp_path, content, flip=1.0, load_masks=True, train=True)[0]
+    torch.testing.assert_close(mirrored, image.flip(2))
+    assert torch.equal(mirrored_target["masks"], target["masks"].flip(2))
+    boxes = (target["boxes"] - torch.tensor([96.0, 0, 96, 0])).abs()[:, [2, 1, 0, 3]]
+    torch.testing.assert_close(mirrored_target["boxes"], boxes)
 
 
 def test_images_are_resized_as_released(content, tmp_path):
-    content["images"] = content["images"][:1]
-    content["annotations"] = content["annotations"][:3]
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((1333, 800)), masks=True, train=True)
+    dataset = open_set(tmp_path, content, (1333, 800), load_masks=True, train=True)
     image, target, _ = dataset[0]
     assert image.shape == (3, 800, 1200) and target["masks"].shape == (3, 800, 1200)
-    torch.testing.assert_close(target["boxes"], torch.tensor([a["box"] for a in dataset.kept]) * 12.5)
+    boxes = torch.tensor([a["box"] for a in dataset.coco.imgToAnns[100]])
+    torch.testing.assert_close(target["boxes"], boxes * 12.5)
     dataset.transform = DetectionTransform((1000, 800))
     assert dataset[0][0].shape == (3, 667, 1000)
+    assert coco.detection_limits(800) == (1333, 800)
 
 
 def test_a_samples_seed_decides_its_flip(content, tmp_path):
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((96, 64), flip=0.5))
+    dataset = open_set(tmp_path, content, flip=0.5)
     state = torch.get_rng_state()
     first, again = ([dataset[0, seed][1]["boxes"][0, 0].item() for seed in range(20)] for _ in range(2))
     assert len(set(first)) == 2 and first == again
@@ -163,36 +156,28 @@ def test_a_samples_seed_decides_its_flip(content, tmp_path):
 def test_polygons_and_both_kinds_of_rle_are_read(content, tmp_path):
     mask = np.zeros((64, 96), dtype=np.uint8)
     mask[10:30, 20:50] = 1
-    compressed = coding.encode(np.asfortranarray(mask))
-    flat = mask.flatten(order="F")
-    runs = np.diff(np.flatnonzero(np.diff(flat, prepend=2, append=2)))
-    counts = ([0] if flat[0] else []) + runs.tolist()
-    content["annotations"] = content["annotations"][:3]
-    shapes = [
-        [[20, 10, 50, 10, 50, 30, 20, 30]],
-        {"size": [64, 96], "counts": counts},
-        {"size": [64, 96], "counts": compressed["counts"].decode()},
-    ]
-    for annotation, segmentation in zip(content["annotations"], shapes, strict=True):
+    compressed = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+    runs = np.diff(np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=2, append=2))).tolist()  # starts with 0s
+    polygon = [[20, 10, 50, 10, 50, 30, 20, 30]]
+    shapes = [polygon, {"size": [64, 96], "counts": runs}, {"size": [64, 96], "counts": compressed}]
+    for annotation, segmentation in zip(content["annotations"], shapes, strict=False):
         annotation.update(segmentation=segmentation, bbox=[20, 10, 30, 20])
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform((96, 64)), masks=True, train=True)
-    for found in dataset[0][1]["masks"]:
-        assert torch.equal(found, torch.from_numpy(mask))
-    content["annotations"][2]["segmentation"]["size"] = [96, 64]
-    with pytest.raises(ValueError, match="0.png: the image has \\(64, 96\\)"):
-        CocoDetection(*save(tmp_path, content), DetectionTransform(), masks=True, train=True)[0]
+    for loaded in open_set(tmp_path, content, load_masks=True, train=True)[0][1]["masks"]:
+        assert torch.equal(loaded, torch.from_numpy(mask))
+    shapes[2]["size"] = [96, 64]
+    with pytest.raises(ValueError, match=r"annotations\[2\] has an RLE mask of size \[96, 64\], not \[64, 96\]"):
+        open_set(tmp_path, content, load_masks=True)
 
 
 def test_crowds_and_images_without_boxes_are_evaluated_but_not_trained_on(content, tmp_path):
-    content["annotations"][0]["iscrowd"] = 1
-    for annotation in content["annotations"][3:6]:
+    for annotation in content["annotations"][2:6]:  # one in the first image, all in the second
         annotation["iscrowd"] = 1
-    paths = save(tmp_path, content)
-    train = CocoDetection(*paths, DetectionTransform(), train=True)
+    train = open_set(tmp_path, content, train=True)
     assert len(train) == 2 and [len(train[i][1]["boxes"]) for i in range(2)] == [2, 3]
-    assert train.repairs == {"crowd regions left out of training": 4, "images without boxes left out of training": 1}
-    val = CocoDetection(*paths, DetectionTransform())
-    assert len(val) == 3 and not val.repairs and sum(a["iscrowd"] for a in val.kept) == 4
+    counts = {"crowd regions left out of training": 4, "images without boxes left out of training": 1}
+    assert train.repairs == Counter(counts)
+    val = open_set(tmp_path)
+    assert len(val) == 3 and not val.repairs.total() and sum(a["iscrowd"] for a in val.coco.anns.values()) == 4
 
 
 def test_repairs_are_counted(content, tmp_path):
@@ -204,92 +189,103 @@ def test_repairs_are_counted(content, tmp_path):
     a[4]["image_id"] = 999
     a[5]["segmentation"] = [[], [1, 2, 3, 4]]
     a[6]["bbox"] = [5, 5, 0.5, 20]
+    a[7]["segmentation"] = [1, 2, 30, 2, 30, 30]  # numbers, not polygons
+    a[8]["segmentation"] = [[[1, 2], [3, 4]]]
+    a += [{**a[8], "segmentation": [[40, 5, 60, 5, 60, 25]], "bbox": [40, 5, 20, 20]}]  # with the id of another
     del content["images"][1]["width"]
-    paths = save(tmp_path, content)
-    train = CocoDetection(*paths, DetectionTransform((96, 64)), masks=True, train=True)
-    assert train.repairs == {
-        "image sizes missing, read from the images": 1,
+    train = open_set(tmp_path, content, load_masks=True, train=True)
+    counts = {
+        "missing image sizes read from the images": 1,
         "boxes of zero or negative size left out": 2,
-        "boxes outside of their image left out": 1,
-        "boxes cut at their image's border": 1,
-        "annotations of images that are not in the file left out": 1,
-        "boxes without a mask left out of training": 1,
-        "boxes of less than a pixel left out of training": 1,
+        "boxes outside their image left out": 1,
+        "boxes clipped": 1,
+        "annotations of unlisted images left out": 1,
+        "boxes without a mask left out of training": 3,
+        "boxes smaller than a pixel left out of training": 1,
         "images without boxes left out of training": 1,
     }
-    assert len(train) == 2 and [len(train.by_image[image["id"]]) for image in train.images] == [1, 2]
-    assert train.by_image[101][0]["box"] == [0, 0, 30, 30]
-    assert "2 images, 3 boxes, 3 classes; 1 image sizes missing" in train.summary()
-    val = CocoDetection(*paths, DetectionTransform(), masks=True)
-    assert len(val) == 3 and len(val.kept) == 5 and [len(val.by_image[i]) for i in (100, 101, 102)] == [0, 2, 3]
-    assert len(val.ground_truth().anns) == 5 and len(val.ground_truth(masks=True).anns) == 4
+    assert train.repairs == Counter(counts)
+    assert "2 images, 2 boxes, 3 classes; missing image sizes read from the images: 1; boxes of" in train.summary()
+    assert [a["box"] for a in train.coco.anns.values()] == [[0, 0, 30, 30], [40, 5, 60, 25]]
+
+    val = open_set(tmp_path, load_masks=True)
+    assert [len(val.coco.imgToAnns[i]) for i in (100, 101, 102)] == [0, 2, 4]
+    assert val.repairs["boxes without a mask not scored in mask AP"] == 3 and val.repairs["boxes clipped"] == 0
+    metrics = score(val, perfect_detections(val, keep=lambda a: a["segmentation"]))
+    assert metrics["mask_ap"] == pytest.approx(100) and metrics["box_ap"] < 70
 
 
-def broken(change):
-    def apply(content, folder):
-        change(content)
-        return save(folder, content)
-
-    return apply
-
-
-@pytest.mark.parametrize("make, message", [
-    (lambda content, folder: (folder / "images", folder / "none.json"), "none.json: no such file"),
-    (lambda content, folder: (folder / "images", folder / "images" / "0.png"), "0.png: not a JSON file"),
-    (broken(lambda c: c.pop("categories")), "has no list of 'categories'"),
-    (broken(lambda c: c["annotations"][4].pop("bbox")), "annotations\\[4\\] needs image_id, category_id, bbox"),
-    (broken(lambda c: c["images"].append(dict(c["images"][0]))), "2 images with id 100"),
-    (broken(lambda c: c["categories"].append({"id": 8, "name": "disc"})), "2 categories with name 'disc'"),
-    (broken(lambda c: c.update(images=[])), "no images in it"),
-    (broken(lambda c: c["annotations"][0].update(category_id=5)), "annotations of category id 5"),
-    (broken(lambda c: c["annotations"][0].update(bbox=[1, float("nan"), 3, 4])), "bbox \\[1, nan, 3, 4\\] of image"),
-    (broken(lambda c: c["images"][2].update(file_name="9.png")), "1 of its 3 images are not in .*the first is 9.png"),
-    (broken(lambda c: c.update(annotations=[])), "no image has a box to train on"),
-])  # fmt: skip
-def test_a_set_that_cannot_be_read_is_named(make, message, content, tmp_path):
-    content = json.loads(json.dumps(content))
+@pytest.mark.parametrize(
+    "name, index, change, message",
+    [
+        ("categories", None, None, "no 'categories'"),
+        ("images", None, [], "no 'images'"),
+        ("annotations", None, [], "no 'annotations'"),
+        ("images", 0, {"file_name": 3}, r"images\[0\] needs id, file_name"),
+        ("annotations", 4, {"bbox": None}, r"annotations\[4\] needs image_id, category_id, bbox"),
+        ("annotations", 0, {"category_id": [1]}, r"annotations\[0\] needs"),
+        ("categories", 0, {"name": None}, r"categories\[0\] needs id, name"),
+        ("images", 1, {"id": 100}, "2 images with id 100"),
+        ("categories", 1, {"name": "disc"}, "2 categories with name 'disc'"),
+        ("annotations", 1, {"category_id": 5}, r"annotations\[1\] has category_id 5"),
+        ("annotations", 1, {"bbox": [1, float("nan"), 3, 4]}, r"annotations\[1\] has bbox \[1, nan, 3, 4\]"),
+        ("images", 2, {"file_name": "9.png"}, "1 of its 3 images are not in .*the first is 9.png"),
+        ("annotations", None, [{"image_id": 100, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1}], "nothing to"),
+    ],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_a_file_that_cannot_be_used_is_named(name, index, change, message, train, content, tmp_path):
+    if index is None:
+        content[name] = change
+    else:
+        content[name][index].update(change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        CocoDetection(*make(content, tmp_path), DetectionTransform(), train=True)
+        open_set(tmp_path, content, train=train)
+
+
+def test_a_file_that_is_missing_or_not_json_is_named(content, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        CocoDetection(tmp_path / "images", tmp_path / "none.json", DetectionTransform())
+    with pytest.raises(ValueError, match="0.png: not a JSON file"):
+        CocoDetection(tmp_path / "images", tmp_path / "images" / "0.png", DetectionTransform())
 
 
 def test_an_image_of_another_size_is_named(content, tmp_path):
     content["images"][0]["width"] = 90
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform())
-    with pytest.raises(ValueError, match="0.png: 96 x 64 pixels, but .*set.json says 90 x 64"):
-        dataset[0]
+    with pytest.raises(ValueError, match=r"0.png: stored as \(64, 96\) .*set.json says \(64, 90\)"):
+        open_set(tmp_path, content)[0]
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_pycocotools_is_asked_for_before_training(content, tmp_path, monkeypatch, train):
-    paths = save(tmp_path, content)
+def test_without_pycocotools_the_file_imports_and_a_data_set_asks_for_it(content, tmp_path, monkeypatch, train):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
+    spec = importlib.util.spec_from_file_location("coco_alone", coco.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     with pytest.raises(ValueError, match="pip install pycocotools"):
-        CocoDetection(*paths, DetectionTransform(), train=train)
+        module.CocoDetection(tmp_path / "images", tmp_path / "set.json", None, train=train)
 
 
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def test_batches_are_of_one_shape_and_resume_exactly(tmp_path):
-    content = draw(tmp_path, [(96, 64)] * 7 + [(64, 96)] * 4)
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform(), train=True)
-    epoch = 16  # 7 wide images fill two batches of 4, and 4 tall images one... of 4
-    sampler = GroupedSampler(dataset, 4, seed=5)
-    assert sampler.size == 12
-    stream = [key for key, _ in zip(sampler, range(3 * epoch), strict=False)]
+def test_batches_have_one_shape_and_resume_exactly(tmp_path):
+    dataset = open_set(tmp_path, draw(tmp_path, [(96, 64)] * 7 + [(64, 96)] * 4), train=True)
+    sampler = dataset.sampler(4, seed=5, rank=0, world=1, start=0)
+    assert sampler.size == 12  # 7 wide images fill two batches of 4, and 4 tall images fill one
+    stream = [key for key, _ in zip(sampler, range(48), strict=False)]
     for first in range(0, len(stream), 4):
         assert len({index < 7 for index, _ in stream[first : first + 4]}) == 1
     assert {index for index, _ in stream[:12]} == set(range(11))
     assert [index for index, _ in stream[:12]] != [index for index, _ in stream[12:24]]
 
-    later = GroupedSampler(dataset, 4, seed=5, start=20)
+    later = dataset.sampler(4, seed=5, rank=0, world=1, start=20)
     assert [key for key, _ in zip(later, range(12), strict=False)] == stream[20:32]
-    parts = [GroupedSampler(dataset, 4, seed=5, rank=rank, world=2, start=8) for rank in (0, 1)]
+    parts = [dataset.sampler(4, seed=5, rank=rank, world=2, start=8) for rank in (0, 1)]
     parts = [[key for key, _ in zip(part, range(8), strict=False)] for part in parts]
     assert [key for pair in zip(*parts, strict=True) for key in pair] == stream[8:24]
 
-    sampler = GroupedSampler(dataset, 4)
-    loader = torch.utils.data.DataLoader(dataset, 4, sampler=sampler, collate_fn=CocoDetection.collate)
+    loader = torch.utils.data.DataLoader(dataset, 4, sampler=sampler, collate_fn=dataset.collate)
     images, targets, paths = next(iter(loader))
     assert len(images) == len(targets) == len(paths) == 4 and len({image.shape for image in images}) == 1
 
@@ -297,74 +293,75 @@ def test_batches_are_of_one_shape_and_resume_exactly(tmp_path):
 # ------------------------------------------------------------------------------------------------ AP
 
 
-@pytest.mark.parametrize("masks", [False, True])
-def test_perfect_predictions_score_1_and_none_score_0(masks, content, tmp_path):
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform(), masks=masks)
-    kinds = ("box", "mask") if masks else ("box",)
-    metrics = evaluate_detection(Oracle(truth_of(dataset)), dataset, "cpu", progress=False)
+@pytest.mark.parametrize("load_masks", [False, True])
+def test_perfect_detections_score_100_and_none_score_0(load_masks, content, tmp_path):
+    dataset = open_set(tmp_path, content, load_masks=load_masks)
+    metrics = score(dataset, perfect_detections(dataset))
+    nothing = score(dataset, perfect_detections(dataset, keep=lambda a: False))
+    kinds = ("box", "mask") if load_masks else ("box",)
     assert {key.split("_")[0] for key in metrics} == set(kinds)
-    nothing = evaluate_detection(Oracle(truth_of(dataset, keep=lambda a: False)), dataset, "cpu", progress=False)
     for kind in kinds:
-        assert metrics[f"{kind}_ap"] == pytest.approx(1.0) and nothing[f"{kind}_ap"] == 0.0
-        assert metrics[f"{kind}_ap_per_class"].tolist() == pytest.approx([1.0] * 3)
-        assert nothing[f"{kind}_ap50"] == 0.0 and metrics[f"{kind}_ap_large"] != metrics[f"{kind}_ap_large"]  # nan
-    table = format_ap_table(metrics, dataset.class_names)
-    assert "square" in table and "100.00" in table and len(table.splitlines()) == 12
+        assert metrics[f"{kind}_ap"] == pytest.approx(100) and nothing[f"{kind}_ap"] == nothing[f"{kind}_ap50"] == 0
+        assert metrics[f"{kind}_ap_per_class"].tolist() == pytest.approx([100] * 3)
+        assert np.isnan(metrics[f"{kind}_ap_large"])
+    lines = format_ap_table(metrics, dataset.class_names).splitlines()
+    assert len(lines) == 12 and len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["square", *["100.00"] * len(kinds)]
+    assert lines[-1].split() == ["APl", *["-"] * len(kinds)]
 
 
-def test_scores_are_those_of_pycocotools_with_crowds_and_empty_images(tmp_path):
+def test_ap_equals_pycocotools_with_crowds_and_empty_images(tmp_path):
     content = draw(tmp_path, [(96, 64)] * 4 + [(64, 96)] * 2)
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 103]  # no boxes in this image
-    content["annotations"][1].update(iscrowd=1, bbox=[0, 0, 60, 60], segmentation={
-        "size": [64, 96], "counts": [0] + [60, 4] * 60 + [36 * 64]})  # fmt: skip
-    paths = save(tmp_path, content)
-    dataset = CocoDetection(*paths, DetectionTransform((96, 64)), ["square", "bar", "disc"], masks=True)
+    crowd = {"size": [64, 96], "counts": [0] + [60, 4] * 60 + [36 * 64]}
+    content["annotations"][1].update(iscrowd=1, bbox=[0, 0, 60, 60], segmentation=crowd)
+    dataset = open_set(tmp_path, content, class_names=["square", "bar", "disc"], load_masks=True)
     generator = torch.Generator().manual_seed(0)
-    detections = truth_of(dataset, keep=lambda a: not a["iscrowd"])
-    for found, image in zip(detections, dataset.images, strict=True):  # moved, relabelled, and some of nothing
-        n = len(found["boxes"])
-        found["boxes"] += torch.randn(n, 4, generator=generator) * 2
-        found["masks"] = found["masks"].roll((2, 1), (1, 2))
-        found["scores"] = torch.rand(n, generator=generator)
-        if n:
-            found["labels"][0] = 2
-        extra = torch.tensor([[5.0, 5.0, 20.0, 30.0], [30.0, 10.0, 50.0, 40.0]])
-        found["boxes"] = torch.cat([found["boxes"], extra])
-        found["scores"] = torch.cat([found["scores"], torch.tensor([0.7, 0.2])])
-        found["labels"] = torch.cat([found["labels"], torch.tensor([0, 0])])
+    detections = perfect_detections(dataset, keep=lambda a: not a["iscrowd"])
+    for each, image in zip(detections, dataset.images, strict=True):  # shift, relabel, and add two false positives
+        each["labels"][:1] = 2
+        boxes = each["boxes"] + torch.randn(each["boxes"].shape, generator=generator) * 2
+        scores = torch.rand(len(boxes), generator=generator)
         masks = torch.zeros(2, image["height"], image["width"], dtype=torch.bool)
         masks[:, 10:30, 10:20] = True
-        found["masks"] = torch.cat([found["masks"], masks])
+        each["boxes"] = torch.cat([boxes, torch.tensor([[5.0, 5.0, 20.0, 30.0], [30.0, 10.0, 50.0, 40.0]])])
+        each["scores"] = torch.cat([scores, torch.tensor([0.7, 0.2])])
+        each["labels"] = torch.cat([each["labels"], torch.tensor([0, 0])])
+        each["masks"] = torch.cat([each["masks"].roll((2, 1), (1, 2)), masks])
 
-    metrics = evaluate_detection(Oracle(detections), dataset, "cpu", save_results=tmp_path / "r.json", progress=False)
-    suffixes = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    for name, kind in (("box", "bbox"), ("mask", "segm")):
-        expected = pycocotools_scores(paths[1], tmp_path / "r.json", kind)
-        expected = [value if value > -1 else float("nan") for value in expected]
-        assert [metrics[f"{name}_{suffix}"] for suffix in suffixes] == pytest.approx(expected, nan_ok=True)
-        assert 0.05 < metrics[f"{name}_ap"] < 0.95
-        assert metrics[f"{name}_ap_per_class"].mean().item() == pytest.approx(metrics[f"{name}_ap"])
-    results = json.loads((tmp_path / "r.json").read_text())
+    metrics = score(dataset, detections, save_results=tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results[0].keys() == {"image_id", "category_id", "bbox", "score", "segmentation"}
     assert {result["category_id"] for result in results} <= {3, 7, 90}
+    for name, kind, unused in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(tmp_path / "set.json"))
+            predictions = truth.loadRes([{k: v for k, v in result.items() if k != unused} for result in results])
+            evaluation = COCOeval(truth, predictions, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        expected = [100 * value if value > -1 else float("nan") for value in evaluation.stats[:6]]
+        assert [metrics[f"{name}_{key}"] for key in SUMMARY] == pytest.approx(expected, nan_ok=True)
+        assert 5 < metrics[f"{name}_ap"] < 95
+        precision = evaluation.eval["precision"][..., 0, -1].mean((0, 1))  # (3,), categories sorted by id: 3, 7, 90
+        assert metrics[f"{name}_ap_per_class"].tolist() == pytest.approx((100 * precision[[0, 2, 1]]).tolist())
 
 
 def evaluate_in_process(rank, world, folder, queue):
     torch.set_num_threads(1)  # a forked process must not use its parent's threads
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    dataset = CocoDetection(folder / "images", folder / "set.json", DetectionTransform(), masks=True)
-    truth = truth_of(dataset, keep=lambda a: a["label"] != 2)
-    metrics = evaluate_detection(Oracle(truth[rank::world]), dataset, "cpu", save_results=folder / f"{rank}.json",
-                                 progress=False)  # fmt: skip
+    dataset = open_set(folder, load_masks=True)
+    detections = perfect_detections(dataset, keep=lambda a: a["label"] != 2)[rank::world]
+    metrics = score(dataset, detections, save_results=folder / f"{rank}.json")
     queue.put({key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()})
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_processes_score_each_image_once(content, tmp_path):
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform(), masks=True)
-    oracle = Oracle(truth_of(dataset, keep=lambda a: a["label"] != 2))
-    alone = evaluate_detection(oracle, dataset, "cpu", progress=False)
+    dataset = open_set(tmp_path, content, load_masks=True)
+    alone = score(dataset, perfect_detections(dataset, keep=lambda a: a["label"] != 2))
     context = torch.multiprocessing.get_context("fork")
     queue = context.Queue()
     processes = [context.Process(target=evaluate_in_process, args=(rank, 2, tmp_path, queue)) for rank in range(2)]
@@ -374,23 +371,21 @@ def test_two_processes_score_each_image_once(content, tmp_path):
     for process in processes:
         process.join(60)
     for metrics in both:
-        assert metrics["box_ap"] == alone["box_ap"] == pytest.approx(2 / 3)
+        assert metrics["box_ap"] == alone["box_ap"] == pytest.approx(200 / 3)
         assert metrics["mask_ap_per_class"] == alone["mask_ap_per_class"].tolist()
-    results = json.loads((tmp_path / "0.json").read_text())
-    assert len(results) == 6 and not (tmp_path / "1.json").exists()
+    assert len(json.loads((tmp_path / "0.json").read_text())) == 6 and not (tmp_path / "1.json").exists()
 
 
 @pytest.mark.parametrize(
     "name, iterations", [("retinanet_tiny", 120), pytest.param("mask_rcnn_tiny", 100, marks=pytest.mark.slow)]
 )
-def test_one_image_can_be_learnt(name, iterations, tmp_path):
+def test_one_image_can_be_learned(name, iterations, tmp_path):
     torch.manual_seed(0)
-    paths = save(tmp_path, draw(tmp_path, [(128, 96)]))
-    dataset = CocoDetection(*paths, DetectionTransform((128, 96)), masks="mask" in name, train=True)
+    dataset = open_set(tmp_path, draw(tmp_path, [(128, 96)]), (128, 96), load_masks="mask" in name, train=True)
     model = build_model(name, dataset.class_names)
-    assert evaluate_detection(model, dataset, "cpu", progress=False)["box_ap"] < 0.1
+    assert evaluate_detection(model, dataset, "cpu", progress=False)["box_ap"] < 10
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    images, targets, _ = CocoDetection.collate([dataset[0]])
+    images, targets, _ = dataset.collate([dataset[0]])
     model.train()
     for iteration in range(iterations):
         for group in optimizer.param_groups:
@@ -400,34 +395,6 @@ def test_one_image_can_be_learnt(name, iterations, tmp_path):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     metrics = evaluate_detection(model, dataset, "cpu", progress=False)
-    assert model.training and metrics["box_ap"] > 0.9
+    assert model.training and metrics["box_ap"] > 90
     if "mask" in name:
-        assert metrics["mask_ap"] > 0.9
-
-
-@pytest.mark.parametrize(
-    "kind, change, message",
-    [
-        ("images", {"file_name": 3}, r"images\[0\] needs id, file_name"),
-        ("annotations", {"bbox": None}, r"annotations\[0\] needs image_id, category_id, bbox"),
-        ("annotations", {"category_id": [1]}, r"annotations\[0\] needs"),
-        ("categories", {"name": None}, r"categories\[0\] needs id, name"),
-    ],
-)
-def test_entries_of_wrong_types_are_named(content, tmp_path, kind, change, message):
-    content[kind] = [{**content[kind][0], **change}, *content[kind][1:]]  # the list is shared between tests
-    with pytest.raises(ValueError, match=message):
-        CocoDetection(*save(tmp_path, content), DetectionTransform())
-
-
-def test_polygons_that_are_none_leave_their_box_without_a_mask(content, tmp_path):
-    for annotation, polygon in zip(content["annotations"], ([1, 2, 30, 2, 30, 30], [[[1, 2], [3, 4]]]), strict=False):
-        annotation["segmentation"] = polygon
-    dataset = CocoDetection(*save(tmp_path, content), DetectionTransform(), masks=True, train=True)
-    assert dataset.repairs["boxes without a mask left out of training"] >= 2
-
-
-def test_a_set_without_boxes_cannot_be_scored(content, tmp_path):
-    content["annotations"] = []
-    with pytest.raises(ValueError, match="no image has a box"):
-        CocoDetection(*save(tmp_path, content), DetectionTransform())
+        assert metrics["mask_ap"] > 90

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import NAMES, error_line, run
 from PIL import Image
 from torch import nn
 
@@ -18,7 +19,6 @@ from denseclip import build_model, load_checkpoint, save_checkpoint
 from eval import ConfusionMatrix, evaluate, predict_probabilities, sliding_window, window_starts
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["wall", "sky", "tree", "road"]
 
 
 class Toy(nn.Module):
@@ -58,7 +58,7 @@ def folders(tmp_path):
     return str(tmp_path / "images"), str(tmp_path / "masks")
 
 
-# ------------------------------------------------------------------------------------------------------ metric
+# ------------------------------------------------------------------------------------------------ metric
 
 
 def test_scores_equal_a_plain_count():
@@ -98,7 +98,7 @@ def test_nothing_labelled_is_an_error():
         matrix.compute()
 
 
-# -------------------------------------------------------------------------------------------------- prediction
+# ------------------------------------------------------------------------------------------------ prediction
 
 
 @pytest.mark.parametrize("window, stride", [(512, 341), (640, 426), (128, 85), (32, 21), (7, 7)])
@@ -156,7 +156,7 @@ def test_multi_scale_is_the_mean_of_softmaxes():
             logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
             probabilities = logits.softmax(1)[0]
             expected.append(probabilities.flip(-1) if flip else probabilities)
-    actual = predict_probabilities(model, image, size, evaluation.SCALES, flip=True, resize=(96, 36))
+    actual = predict_probabilities(model, image, size, (96, 36), evaluation.SCALES, flip=True)
     torch.testing.assert_close(actual, torch.stack(expected).mean(0))
     assert not actual.requires_grad
     torch.testing.assert_close(actual.sum(0), torch.ones(size))
@@ -166,28 +166,27 @@ def test_images_are_resized_to_fit_both_limits():
     model = Toy(crop_size=4000)
     predict_probabilities(model, torch.zeros(3, 300, 400), (300, 400))
     predict_probabilities(model, torch.zeros(3, 100, 1000), (5, 5))
-    predict_probabilities(model, torch.zeros(3, 37, 41), (5, 5), resize=None)
-    assert model.sizes == [(512, 683), (205, 2048), (37, 41)]
+    assert model.sizes == [(512, 683), (205, 2048)]
 
 
-# -------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------ evaluation
 
 
 def test_evaluate_scores_every_image_once_and_leaves_no_trace(folders):
-    model, dataset = Toy().train(), SegmentationDataset(*folders, len(NAMES), EvalTransform(None))
+    model, dataset = Toy().train(), SegmentationDataset(*folders, len(NAMES), EvalTransform())
     matrix = ConfusionMatrix(len(NAMES))
     for image, label, _ in dataset:
-        matrix.update(predict_probabilities(model, image, label.shape, resize=(2048, 32)).argmax(0), label)
+        matrix.update(predict_probabilities(model, image, label.shape, limits=(2048, 32)).argmax(0), label)
     before = torch.get_rng_state()
-    scores = evaluate(model, dataset, "cpu", progress=False)
+    scores = evaluate(model, dataset, "cpu")
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert evaluation.to_json(scores) == evaluation.to_json(matrix.compute())
     assert evaluation.to_json(evaluate(model, dataset, "cpu", workers=2)) == evaluation.to_json(scores)
     assert evaluation.to_json(evaluate(model, dataset, "cpu", short_side=24)) != evaluation.to_json(scores)
 
 
-@pytest.mark.parametrize("zero_ignored", [False, True])
-def test_saved_masks_hold_the_data_sets_own_values(folders, tmp_path, zero_ignored):
+@pytest.mark.parametrize("reduce_zero_label", [False, True])
+def test_saved_masks_hold_the_data_sets_own_values(folders, tmp_path, reduce_zero_label):
     class Perfect(Toy):
         def forward(self, images):
             return nn.functional.one_hot(self.label, len(NAMES)).permute(2, 0, 1)[None].float()
@@ -195,48 +194,59 @@ def test_saved_masks_hold_the_data_sets_own_values(folders, tmp_path, zero_ignor
     images, masks = folders
     for path in Path(masks).iterdir():
         mask = np.array(Image.open(path))
-        Image.fromarray(np.where(mask == 255, 3, mask) + np.uint8(zero_ignored)).save(path)
-    dataset = SegmentationDataset(images, masks, len(NAMES), EvalTransform(None), zero_ignored=zero_ignored)
+        Image.fromarray(np.where(mask == 255, 3, mask) + np.uint8(reduce_zero_label)).save(path)
+    dataset = SegmentationDataset(images, masks, len(NAMES), EvalTransform(), reduce_zero_label=reduce_zero_label)
     dataset.pairs = dataset.pairs[:1]
     model = Perfect(crop_size=10_000)
     model.label = dataset[0][1]
-    colours = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
-    evaluate(model, dataset, "cpu", short_side=40, save_masks=tmp_path / "saved", colours=colours)
+    colors = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
+    evaluate(model, dataset, "cpu", short_side=40, save_masks=tmp_path / "saved", colors=colors)
     saved, original = Image.open(tmp_path / "saved" / "0.png"), np.array(Image.open(Path(masks, "0.png")))
     assert saved.mode == "P" and np.array_equal(np.array(saved), original)
-    first_pixel = colours[original[0, 0] - zero_ignored]
+    first_pixel = colors[original[0, 0] - reduce_zero_label]
     assert saved.convert("RGB").getpixel((0, 0)) == first_pixel
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     torch.manual_seed(0)
-    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), arguments={"short_side": 64})
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), run={"short_side": 64})
     return tmp_path / "best.pt"
 
 
 def test_two_processes_score_what_one_does(folders, checkpoint, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "eval.py"), "--checkpoint", str(checkpoint), "--val", *folders, "--workers", "0",
-               "--save-masks", str(tmp_path / "saved"), "--json", str(tmp_path / "two.json"), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "eval.py"),
+        "--checkpoint",
+        str(checkpoint),
+        "--val",
+        *folders,
+        "--workers",
+        "0",
+        "--save-masks",
+        str(tmp_path / "saved"),
+        "--json",
+        str(tmp_path / "two.json"),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pixel accuracy") == 1
     assert len(list((tmp_path / "saved").iterdir())) == 7  # an odd number: one process has more than the other
     two = json.loads((tmp_path / "two.json").read_text())
-    dataset = SegmentationDataset(*folders, len(NAMES), EvalTransform(None))
+    dataset = SegmentationDataset(*folders, len(NAMES), EvalTransform())
     one = evaluate(load_checkpoint(checkpoint), dataset, "cpu", short_side=64)
     assert two == {"images": 7, "class_names": NAMES, **evaluation.to_json(one)}
 
 
-# --------------------------------------------------------------------------------------------------- bad input
-
-
-def status_and_error(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments), "--device", "cpu"])
-    with pytest.raises(SystemExit) as stop:
-        evaluation.run_script(evaluation.main)
-    return stop.value.code, capsys.readouterr().err
+# ------------------------------------------------------------------------------------------------ bad input
 
 
 def test_mistakes_end_in_one_line_and_status_2(folders, checkpoint, tmp_path, capsys, monkeypatch):
@@ -251,11 +261,26 @@ def test_mistakes_end_in_one_line_and_status_2(folders, checkpoint, tmp_path, ca
         (("--checkpoint", tmp_path / "cut.pt", "--val", *folders), ["cut.pt"]),
         (("--checkpoint", checkpoint, "--data", tmp_path / "nothing"), ["nothing"]),
         (("--checkpoint", checkpoint, "--val", *folders, "--classes", "camvid"), ["best.pt", "camvid", "4", "11"]),
-        (("--checkpoint", checkpoint, "--val", *folders, "--classes", tmp_path / "other.txt"),
-         ["best.pt", "other.txt", "'tree'", "'bush'"]),
+        (
+            ("--checkpoint", checkpoint, "--val", *folders, "--classes", tmp_path / "other.txt"),
+            ["best.pt", "other.txt", "'tree'", "'bush'"],
+        ),
         (("--checkpoint", checkpoint, "--val", images, tmp_path / "wrong", "--workers", 1), ["wrong", ".png", "9"]),
     ]
     for arguments, words in cases:
-        status, error = status_and_error(capsys, monkeypatch, *arguments)
-        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, (arguments, error)
-        assert "Traceback" not in error and all(word in error for word in words), (arguments, error)
+        error = error_line(evaluation, capsys, monkeypatch, *arguments, "--device", "cpu")
+        assert all(word in error for word in words), (arguments, error)
+
+
+def test_conventions_of_the_training_data_are_the_checkpoints(folders, tmp_path, monkeypatch, capsys):
+    """Masks are read as in training, unless an option says otherwise."""
+    images, masks = folders
+    for path in Path(masks).iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 255, 9, mask + 1).astype(np.uint8)).save(path)
+    run_settings = {"short_side": 64, "ignore_index": 9, "reduce_zero_label": True}
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), run=run_settings)
+    options = ["--checkpoint", tmp_path / "best.pt", "--val", *folders, "--workers", 0, "--device", "cpu"]
+    run(evaluation, monkeypatch, *options)
+    assert "on 7 images" in capsys.readouterr().out
+    assert "value 9" in error_line(evaluation, capsys, monkeypatch, *options, "--ignore-index", 255)

@@ -1,4 +1,4 @@
-"""tokenizer.py gives the tokens that open_clip gives, fails clearly, and works alone in a folder."""
+"""tokenizer.py returns the same tokens as open_clip, its errors are clear, and it works alone in a folder."""
 
 import hashlib
 import random
@@ -13,23 +13,23 @@ import torch
 
 import data
 import tokenizer
-from tokenizer import EOT, SOT, decode, encode, tokenize
+from tokenizer import EOT, SOT, encode, tokenize
 
 FRAGMENTS = [
-    "a photo of a", "Dog's", "they'll", "I'D", "we've", "don't", "'s", "it’s", "l'été", "naïve café",
-    "Ångström", "ﬁne", "it'ſ", "Привет, мир", "日本語のテキスト", "한국어 문장", "مرحبا بالعالم", "हिन्दी",
-    "ΑΒΓ ς", "İstanbul", "Straße", "¿Qué?", "½ ² ③ ٣", "😀", "👩‍👩‍👧‍👦", "🇩🇪", "❤️", "&amp;",
-    "&amp;amp;lt;b&amp;amp;gt;", "&lt;p&gt;", "&eacute;", "&#128512;", "&nbsp;", "&notanentity;", "cafÃ©",
-    "â€œquotedâ€\x9d", "schÃ¶n", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "\ufffd", "\u200b", "\u00a0", "\u3000", "\t", "\n\n", "  ",
-    "\x00", "\x1b[31m", "<start_of_text>", "<end_of_text>", "<START_OF_TEXT>", "x<end_of_text>y",
-    "<|startoftext|>", "</w>", "<", "||", "...", "!?!?", "1234567890", "3.14159", "100%", "C++", "#hashtag",
-    "@user", "https://example.org/a?b=c&d=e", "snake_case", "CamelCase", "supercalifragilisticexpialidocious",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "hahahahahahahaha", "'''", "''s's", "\\n", "{}[]()",
-]  # fmt: skip
+    *("a photo of a", "Dog's", "they'll", "I'D", "we've", "don't", "'s", "it’s", "l'été", "naïve café"),
+    *("Ångström", "ﬁne", "it'ſ", "Привет, мир", "日本語のテキスト", "한국어 문장", "مرحبا بالعالم", "हिन्दी"),
+    *("ΑΒΓ ς", "İstanbul", "Straße", "¿Qué?", "½ ² ③ ٣", "😀", "👩‍👩‍👧‍👦", "🇩🇪", "❤️", "&amp;"),
+    *("&amp;amp;lt;b&amp;amp;gt;", "&lt;p&gt;", "&eacute;", "&#128512;", "&nbsp;", "&notanentity;", "cafÃ©"),
+    *("â€œquotedâ€\x9d", "schÃ¶n", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "\ufffd", "\u200b", "\u00a0", "\u3000", "\t", "\n\n", "  "),
+    *("\x00", "\x1b[31m", "<start_of_text>", "<end_of_text>", "<START_OF_TEXT>", "x<end_of_text>y"),
+    *("<|startoftext|>", "</w>", "<", "||", "...", "!?!?", "1234567890", "3.14159", "100%", "C++", "#hashtag"),
+    *("@user", "https://example.org/a?b=c&d=e", "snake_case", "CamelCase", "supercalifragilisticexpialidocious"),
+    *("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "hahahahahahahaha", "'''", "''s's", "\\n", "{}[]()"),
+]
 
 
 def texts() -> list[str]:
-    """Class names, every fragment, and 2,400 random mixtures of fragments, characters and mangled encodings."""
+    """Class names, every fragment, and 2,400 random mixtures of fragments, characters and broken encodings."""
     rng = random.Random(0)
     names = [name for classes in ("ade20k", "cityscapes", "voc", "camvid") for name in data.read_classes(classes)[0]]
     assigned = [chr(c) for c in range(32, 0x1FAFF) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
@@ -45,8 +45,8 @@ def texts() -> list[str]:
 def test_equals_open_clip():
     samples = texts()
     assert len(samples) > 2400 and sum(not text.isascii() for text in samples) > 1000
-    expected = open_clip.tokenize(samples)
-    assert torch.equal(tokenize(samples, truncate=True), expected)
+    short = [text for text in samples if len(encode(text)) <= 75]
+    assert len(short) > 2000 and torch.equal(tokenize(short), open_clip.tokenize(short))
     reference = open_clip.SimpleTokenizer()
     for text in samples:
         assert encode(text) == reference.encode(text), text
@@ -65,13 +65,6 @@ def test_too_long():
     assert tokenize("one two three", length=5).shape == (1, 5)
     with pytest.raises(ValueError, match=r"'one two three' has 5 tokens, .* 4 are allowed"):
         tokenize("one two three", length=4)
-    assert tokenize("one two three", length=4, truncate=True)[0].tolist() == [SOT, *encode("one two"), EOT]
-
-
-@pytest.mark.parametrize("text", ["a naïve dog", "日本語", "traffic light", "😀 smile", "1 2 3"])
-def test_decode_inverts_encode(text):
-    assert decode(encode(text)) == text
-    assert decode(tokenize(text.upper())[0]) == text
 
 
 def test_vocabulary_file():
@@ -97,7 +90,7 @@ for data in (None, whole[:1000], whole):
 """
 
 
-def test_works_alone_and_names_a_missing_or_broken_vocabulary(tmp_path):
+def test_works_alone_and_reports_a_missing_or_broken_vocabulary(tmp_path):
     shutil.copy(tokenizer.__file__, tmp_path)
     command = [sys.executable, "-c", ALONE, str(tokenizer.VOCABULARY)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -105,5 +98,5 @@ def test_works_alone_and_names_a_missing_or_broken_vocabulary(tmp_path):
     assert imported == "0 vocabularies"
     path = tmp_path / tokenizer.VOCABULARY.name
     assert missing.startswith(f"FileNotFoundError {path}") and "open_clip_torch" in missing
-    assert broken.startswith(f"ValueError {path}") and "cut short" in broken
+    assert broken.startswith(f"ValueError {path}") and "truncated" in broken
     assert whole == f"{[[SOT, *encode('a dog'), EOT]]}"

@@ -1,17 +1,18 @@
-"""Sizes and costs of the paper's systems, computed here, beside the figures that the paper gives.
+"""Parameters and multiply-adds of the paper's systems, computed here, next to the paper's figures.
 
-    python tables.py > tables.md
+    python -m experiments.tables > tables.md
 
-Prints every row of Tables 1, 2 and 5 that this code can build, in Markdown. No weights, no GPU, seconds: the models
-are built and run on torch's "meta" device, which knows shapes alone.
+Prints every row of Tables 1, 2 and 5 that this code can build, in Markdown. Takes seconds and needs neither weights nor
+a GPU: the models are built and run on torch's "meta" device, which computes shapes only.
 
-Multiply-adds are counted as the paper's tool, fvcore, counts them: one for each multiplication of a convolution, a
-linear layer or an attention's two products; besides, per value, 2 for a batch norm in evaluation, 5 for another norm,
-4 for bilinear and 1 for nearest up-sampling. Image 1024 x 1024, 150 classes of ADE20K.
+Multiply-adds are counted as fvcore, the paper's tool, counts them: one for each multiplication in a convolution, a
+linear layer or the two products of an attention; and for each output value 2 for a batch norm in evaluation mode, 5 for
+any other norm, 4 for bilinear and 1 for nearest up-sampling. One image of 1024 x 1024 pixels, ADE20K's 150 classes.
 """
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from denseclip import build_model
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters in M and multiply-adds in G, those of the text encoder apart."""
+    """Parameters in M and multiply-adds in G; the text encoder is counted separately."""
 
     parameters: float
     multiply_adds: float
@@ -34,7 +35,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """One system: how `build_model` builds it, and what the paper says of it (M, G, mIoU single / multi-scale)."""
+    """One system: how `build_model` builds it, and the paper's figures (mIoU single / multi-scale, M, G)."""
 
     label: str
     settings: dict
@@ -42,10 +43,10 @@ class Row:
     parameters: float | None = None
     multiply_adds: float | None = None
     notes: str = ""  # keys of NOTES
-    with_text: bool = False  # the text encoder runs for every image, and counts
+    with_text: bool = False  # the text encoder runs for every image, so it counts
 
 
-R50 = {"name": "rn50", "backbone": "resnet50"}  # from ImageNet; "name" is CLIP's text encoder then
+R50 = {"name": "rn50", "backbone": "resnet50"}  # ImageNet's; here "name" decides only the text encoder
 R101 = {"name": "rn50", "backbone": "resnet101"}
 SWIN_T = {"name": "rn50", "backbone": "swin_t", "head": "upernet"}
 SWIN_S = {"name": "rn50", "backbone": "swin_s", "head": "upernet"}
@@ -80,25 +81,25 @@ TABLES = {
     ],
 }
 NOTES = {
-    "a": "The paper's baseline is mmsegmentation's ResNet, whose stem of three 3 x 3 convolutions costs 5.04 G more "
-    "than the 7 x 7 convolution of torchvision's.",
-    "b": "The paper's figure is without the up-sampling of the logits to the image's size, 0.629 G.",
-    "c": "fvcore counted a transposed convolution by the size of its output in 2021, which adds 173.946 G.",
-    "d": "100.8 M belongs to a positional grid of 32 x 32; the released configuration, with crops of 640, has 40 x 40.",
-    "e": "The paper's 0.2 M more belong to nothing that it describes.",
-    "f": "With the text encoder, which runs for every image. The sizes of the pre-model decoder are not published: "
-    "those here (6 layers of width 256) give the paper's parameters (116.93 M with the 13 text positions that are used "
-    "out of 77), but 24 G less than its multiply-adds.",
-    "g": "With the text encoder of CLIP's RN50 (C = 1024); the paper does not say which it took.",
-    "h": "Without language, Swin's authors give 60 M and 945 G (Swin-T), 81 M and 1038 G (Swin-S) for 512 x 2048 "
-    "pixels, with an auxiliary FCN head of 0.9 M that only training uses, and that is not here.",
+    "a": "The paper's baseline is mmsegmentation's ResNet: its stem of three 3 x 3 convolutions costs 5.04 G more than "
+    "the 7 x 7 convolution of torchvision's ResNet.",
+    "b": "The paper's figure does not include up-sampling the logits to the image's size, 0.629 G.",
+    "c": "In 2021 fvcore counted a transposed convolution by the size of its output, which adds 173.946 G.",
+    "d": "100.8 M implies a positional grid of 32 x 32; the released configuration, with crops of 640, has 40 x 40.",
+    "e": "Nothing that the paper describes accounts for its additional 0.2 M.",
+    "f": "Includes the text encoder, which runs for every image. The size of the pre-model decoder is not published: 6 "
+    "layers of width 256, as here, give the paper's parameters (116.93 M if only the 13 text positions in use are "
+    "counted, out of 77), but 24 G fewer multiply-adds than the paper's.",
+    "g": "With the text encoder of CLIP's RN50 (C = 1024); the paper does not say which one it used.",
+    "h": "Without language, Swin's authors report 60 M and 945 G (Swin-T), 81 M and 1038 G (Swin-S) for 512 x 2048 "
+    "pixels. Their models include an auxiliary FCN head of 0.9 M, used only in training, which is omitted here.",
 }
 
 
 def measure(model: nn.Module, size: tuple[int, int] = (1024, 1024)) -> Cost:
-    """Cost of one image of this size (H, W) in evaluation, for a model that was built on the meta device."""
+    """Cost of evaluating one image of this size (H, W) with a model on the meta device."""
     model.eval().requires_grad_(False)
-    model.encoder.training = True  # itself, not its parts: it takes no stored text, so the text encoder is counted
+    model.encoder.training = True  # itself, not its parts: it does not cache the text, so the text encoder is counted
     aten = torch.ops.aten
     norms = {aten.native_batch_norm: 2, aten.native_layer_norm: 5, aten.native_group_norm: 5}
     upsampling = {aten.upsample_bilinear2d: 4, aten.upsample_nearest2d: 1}
@@ -107,27 +108,24 @@ def measure(model: nn.Module, size: tuple[int, int] = (1024, 1024)) -> Cost:
         model(torch.empty(1, 3, *size, device="meta"))
     counts = {module: sum(ops.values()) / 2e9 for module, ops in counter.get_flop_counts().items()}
 
-    parameters, text = 0, 0
-    for name, parameter in model.named_parameters():
-        if ".text_encoder." in name:
-            text += parameter.numel() / 1e6
-        else:
-            parameters += parameter.numel() / 1e6
+    total = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    text = sum(value.numel() for name, value in model.named_parameters() if ".text_encoder." in name) / 1e6
     text_multiply_adds = counts.get("DenseCLIP.encoder.text_encoder", 0.0)
-    return Cost(parameters, counts["Global"] - text_multiply_adds, text, text_multiply_adds)
+    return Cost(total - text, counts["Global"] - text_multiply_adds, text, text_multiply_adds)
 
 
-def per_value(count: int):
-    """A formula for FlopCounterMode, where a multiply-add is 2: `count` multiply-adds for each value of the output."""
+def per_value(count: int) -> Callable[..., int]:
+    """A formula for FlopCounterMode, where a multiply-add counts 2: `count` multiply-adds per value of the output."""
 
     def formula(*_, out_shape, **__) -> int:
-        shape = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]  # norms return statistics as well
+        shape = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]  # norms also return statistics
         return 2 * count * math.prod(shape)
 
     return formula
 
 
 def format_row(row: Row, cost: Cost) -> str:
+    """The row's line of the Markdown table."""
     parameters, multiply_adds = cost.parameters, cost.multiply_adds
     if row.with_text:
         parameters, multiply_adds = parameters + cost.text_parameters, multiply_adds + cost.text_multiply_adds
@@ -141,8 +139,7 @@ def main() -> None:
     class_names, _ = read_classes("ade20k")
     text = None
     for title, rows in TABLES.items():
-        print(f"**{title}**\n")
-        print("| | mIoU (paper) | parameters, M | paper | multiply-adds, G | paper | notes |")
+        print(f"**{title}**\n\n| | mIoU (paper) | parameters, M | paper | multiply-adds, G | paper | notes |")
         print("|---|---|---|---|---|---|---|")
         for row in rows:
             with torch.device("meta"):
@@ -151,13 +148,10 @@ def main() -> None:
             text = cost if cost.text_parameters else text
             print(format_row(row, cost), flush=True)
         print()
-    print(
-        "mIoU: as the paper's authors trained and measured it, single-scale / multi-scale. Costs are without the "
-        f"text encoder ({text.text_parameters:.2f} M, {text.text_multiply_adds:.1f} G for {len(class_names)} classes) "
-        "where its output does not depend on the image and is kept.\n"
-    )
-    for key, note in NOTES.items():
-        print(f"- {key}: {note}")
+    text_cost = f"{text.text_parameters:.2f} M, {text.text_multiply_adds:.1f} G for {len(class_names)} classes"
+    print("mIoU: the paper's, single-scale / multi-scale. Where the text does not depend on the image, it is computed")
+    print(f"once, so the text encoder ({text_cost}) is not included.\n")
+    print("\n".join(f"- {key}: {note}" for key, note in NOTES.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Necks and heads that are not this paper's: FPN, Semantic FPN and UperNet, initialized as in the released code.
+
+All take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resizing of (B, C, h, w) to (B, C, H, W)."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: bool = False) -> nn.Sequential:
+    """A convolution, or [convolution, batch norm, ReLU]. Initialized as in the released code."""
+    padding = kernel_size // 2
+    layers = {"conv": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not norm)}
+    nn.init.kaiming_normal_(layers["conv"].weight, mode="fan_out", nonlinearity="relu")
+    if norm:
+        layers.update(bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU())
+    else:
+        nn.init.zeros_(layers["conv"].bias)
+    return nn.Sequential(OrderedDict(layers))
+
+
+class FPN(nn.Module):
+    """Feature pyramid (Lin et al., 2017): lateral 1x1, top-down sums with nearest up-sampling, 3x3 on each level."""
+
+    def __init__(self, in_channels: list[int], channels: int = 256):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(conv(c, channels, 1) for c in in_channels)
+        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3) for _ in in_channels)
+
+    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """[(B, C_i, H_i, W_i)], fine to coarse -> [(B, channels, H_i, W_i)]."""
+        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, pyramid, strict=True)]  # (B, channels, H_i, W_i)
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], size=levels[i - 1].shape[-2:])
+        return [output(x) for output, x in zip(self.fpn_convs, levels, strict=True)]
+
+
+class SemanticFPNHead(nn.Module):
+    """Semantic FPN (Kirillov et al., 2019): brings every level to the finest one's size, sums and classifies.
+
+    Level i, whose stride is twice that of level i - 1, has max(1, i) blocks, each followed by x2 up-sampling if i > 0.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 256, levels: int = 4, dropout: float = 0.1):
+        super().__init__()
+        self.scale_heads = nn.ModuleList()
+        for level in range(levels):
+            up = [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)] if level else []
+            blocks = [module for _ in range(max(1, level)) for module in (conv(channels, channels, 3, norm=True), *up)]
+            self.scale_heads.append(nn.Sequential(*blocks))
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        """[(B, channels, H_i, W_i)] -> logits (B, K, H_0, W_0)."""
+        finest, *coarser = (head(level) for head, level in zip(self.scale_heads, pyramid, strict=True))
+        x = sum((resize(x, finest.shape[-2:]) for x in coarser), start=finest)  # (B, channels, H_0, W_0)
+        return self.conv_seg(self.dropout(x))  # (B, K, H_0, W_0)
+
+
+class UperNetHead(nn.Module):
+    """UperNet (Xiao et al., 2018) as in mmsegmentation, neck and head in one: pyramid pooling on the coarsest map,
+    top-down sums, all levels resized to the finest one's size and fused by one convolution.
+
+    Training needs two or more images per batch: after the coarsest pooling, batch norm sees one pixel per image.
+    """
+
+    def __init__(self, in_channels: list[int], num_classes: int, channels: int = 512, dropout: float = 0.1):
+        super().__init__()
+        *finer, coarsest = in_channels
+        bins = (1, 2, 3, 6)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), conv(coarsest, channels, 1, norm=True)) for size in bins
+        )
+        self.bottleneck = conv(coarsest + len(bins) * channels, channels, 3, norm=True)
+        self.lateral_convs = nn.ModuleList(conv(c, channels, 1, norm=True) for c in finer)
+        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3, norm=True) for _ in finer)
+        self.fpn_bottleneck = conv(len(in_channels) * channels, channels, 3, norm=True)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        """[(B, C_i, H_i, W_i)], fine to coarse -> logits (B, K, H_0, W_0)."""
+        *finer, coarsest = pyramid
+        pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.psp_modules]  # (B, channels, H_3, W_3)
+        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, finer, strict=True)]  # (B, channels, H_i, W_i)
+        levels.append(self.bottleneck(torch.cat([coarsest, *pooled], dim=1)))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[-2:])
+        outputs = [output(x) for output, x in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
+        x = torch.cat([resize(x, outputs[0].shape[-2:]) for x in outputs], dim=1)  # (B, 4 channels, H_0, W_0)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))  # (B, K, H_0, W_0)

@@ -1,0 +1,187 @@
+"""Any image encoder will do: all of CLIP's, with patch and crop sizes that do not match, torchvision's ResNets and
+Swins, whose weights mean the same here, and a reader's own module, as in the README."""
+
+import re
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from helpers import NAMES, check_round_trip, images, train_steps
+from torch import nn
+from torch.nn import functional as F
+
+import backbones
+import denseclip
+from backbones import PYRAMIDS, AttentionPoolBackbone, SwinPyramid, build_backbone, load_torchvision
+from clip_model import ARCHITECTURES, CLIP, MEAN, STD, Architecture
+from denseclip import PRESETS, Preset, build_model, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def slow_unless(quick, names):
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+# ------------------------------------------------------------------------------------------------ CLIP's
+
+
+def test_every_clip_has_a_preset_whose_crop_is_whole_patches():
+    assert set(ARCHITECTURES.values()) <= {preset.architecture for preset in PRESETS.values()}
+    assert all(preset.crop_size % (preset.architecture.patch_size or 32) == 0 for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize("name", slow_unless(("rn50x4", "vitl14_336"), PRESETS))
+def test_every_preset_builds_and_trains_in_full_size(name):
+    with torch.device("meta"):  # shapes alone, in no memory
+        model = build_model(name, NAMES).train()
+        x = torch.empty(2, 3, model.crop_size, model.crop_size)
+        losses = model(x, torch.zeros(2, model.crop_size, model.crop_size, dtype=torch.long))
+    sum(losses.values()).backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (".text_encoder." in key), key
+
+
+@pytest.mark.parametrize(
+    "architecture, crop_size",
+    [
+        (Architecture(64, 28, 4, 64, 14, 64, 2), 64),
+        (Architecture(64, 28, 4, 64, 14, 64, 2), 70),
+        (Architecture(64, 64, 4, 64, 32, 64, 2), 80),
+        (Architecture(64, 32, 4, 64, 16, 64, 2), 72),
+        (Architecture(80, 96, (2, 1, 1, 1), 20, 0, 64, 2), 64),  # as RN50x4: 80 is 64 * 1.25
+    ],
+    ids=["14-64", "14-70", "32-80", "16-72", "resnet"],
+)
+def test_other_widths_patches_and_crops_train(architecture, crop_size, monkeypatch, tmp_path):
+    monkeypatch.setitem(PRESETS, "odd", Preset(architecture, crop_size, channels=32, decoder_width=32))
+    torch.manual_seed(0)
+    model = build_model("odd", NAMES)
+    if patch_size := architecture.patch_size:
+        grid = crop_size // patch_size
+        with torch.no_grad():
+            pyramid = model.encoder.backbone(images(1, crop_size, crop_size))[0]
+        assert [x.shape[-1] for x in pyramid] == [4 * grid, 2 * grid, grid, grid // 2]
+    history = train_steps(model)
+    assert sum(history[-1].values()) < sum(history[0].values())
+    check_round_trip(model, tmp_path / "model.pt", size=(107, 75))
+
+
+# ------------------------------------------------------------------------------------------------ torchvision's
+
+
+@pytest.mark.parametrize("name", slow_unless(("resnet18", "swin_t"), PYRAMIDS))
+@torch.no_grad()
+def test_pyramids_at_odd_sizes(name):
+    backbone = build_backbone(name, embed_dim=32, input_resolution=64).eval()
+    pyramid, z_bar, z = backbone(images(1, 75, 97))
+    sizes = [(19, 25), (10, 13), (5, 7), (3, 4)]
+    assert [tuple(x.shape[1:]) for x in pyramid] == [(c, *s) for c, s in zip(backbone.channels, sizes, strict=True)]
+    assert z_bar.shape == (1, 32) and z.shape == (1, 32, 3, 4)
+
+
+def torchvision_twin(name, folder):
+    """torchvision's network, and a backbone with its weights from a file."""
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name, weights=None).eval()
+    torch.save(net.state_dict(), folder / f"{name}.pth")
+    return net, build_backbone(name, str(folder / f"{name}.pth")).eval()
+
+
+@torch.no_grad()
+def test_resnet_is_torchvisions_on_imagenets_normalization(tmp_path):
+    net, backbone = torchvision_twin("resnet18", tmp_path)
+    rgb = images() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    expected = net(torchvision.transforms.functional.normalize(rgb, backbones.IMAGENET_MEAN, backbones.IMAGENET_STD))
+    pyramid, z_bar, z = backbone(images())
+    assert torch.allclose(net.fc(pyramid[-1].mean(dim=(2, 3))), expected, atol=1e-4)
+    assert z_bar is None and z is None  # embed_dim=0: no projection to the text's space
+
+
+@torch.no_grad()
+def test_swin_is_torchvisions(tmp_path):
+    net, backbone = torchvision_twin("swin_t", tmp_path)
+    x, (pyramid, _, _) = backbones.ImageNetNormalize()(images(1)), backbone(images(1))
+    for i, norm in enumerate(backbone.module.norms):
+        x = net.features[2 * i : 2 * i + 2](x)  # (B, H_i, W_i, C_i)
+        assert torch.allclose(pyramid[i], norm(x).permute(0, 3, 1, 2), atol=1e-5)
+
+
+def test_errors_about_weights(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth: no such file; .* resnet18 .*IMAGENET1K_V1"):
+        load_torchvision("resnet18", "nowhere.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(ValueError, match="text.pth: not a state dict"):
+        load_torchvision("resnet18", str(tmp_path / "text.pth"))
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth: the weights do not fit the model: features"):
+        SwinPyramid("swin_t", str(tmp_path / "other.pth"))
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(backbones.torchvision.models, "get_model", offline)
+    with pytest.raises(ValueError, match="https://download.pytorch.org/models/resnet18.*no route.*give its path"):
+        load_torchvision("resnet18", "IMAGENET1K_V1")
+
+
+# ------------------------------------------------------------------------------------------------ attention pool
+
+
+def test_attention_pool_is_on_the_last_map():
+    backbone = AttentionPoolBackbone(nn.Identity(), [4, 4, 4, 128], embed_dim=16, input_resolution=64)
+    maps = [torch.randn(2, c, 4, 6, requires_grad=True) for c in (4, 4, 4, 128)]
+    pyramid, z_bar, z = backbone(maps)
+    z.sum().backward()
+    assert maps[3].grad.abs().max() > 0  # the score map's gradients reach the module
+    expected = backbone.attnpool(maps[3])
+    assert torch.equal(z_bar, expected[0]) and torch.equal(z, expected[1]) and pyramid[3] is maps[3]
+    assert backbone.attnpool.heads == 2 and len(backbone.attnpool.positional_embedding) == 1 + 2 * 2
+    with pytest.raises(ValueError, match=r"expected feature maps of \[4, 4, 4, 128\] channels, got \[4, 4, 128\]"):
+        backbone(maps[1:])
+
+
+@torch.no_grad()
+def test_language_guides_another_backbone(tmp_path):
+    """Only the text encoder is CLIP's; score maps are cosines, joined to the last map."""
+    torch.manual_seed(5)
+    clip = {key.removeprefix("text."): value for key, value in CLIP(PRESETS["tiny"].architecture).state_dict().items()}
+    torch.save(clip, tmp_path / "clip.pt")
+    model = build_model("tiny", NAMES, clip=str(tmp_path / "clip.pt"), backbone="resnet18", crop_size=64).eval()
+    assert torch.equal(model.encoder.text_encoder.text_projection, clip["text_projection"])
+
+    pyramid, score_map, texts = model.encoder(images())
+    z = model.encoder.backbone(images())[2]
+    expected = F.cosine_similarity(z[:, None], texts[..., None, None], dim=2)
+    assert torch.allclose(score_map, expected, atol=1e-5) and torch.equal(pyramid[3][:, 512:], score_map)
+
+
+def test_readme_example_of_ones_own_module(monkeypatch, tmp_path):
+    """The README's lines, unchanged; only the weights that they would download are random."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = next(block for block in blocks if "AttentionPoolBackbone" in block)
+    with torch.device("meta"):
+        clip = {key.removeprefix("text."): value for key, value in CLIP(ARCHITECTURES["RN50"]).state_dict().items()}
+    clip |= {key: 0.02 * torch.randn(value.shape) for key, value in clip.items() if not key.startswith("visual.")}
+    load = nn.Module.load_state_dict
+    monkeypatch.setattr(denseclip, "read_weights", {"RN50": clip}.__getitem__)
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *_, **__: None)
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda module, state, **kw: state and load(module, state, **kw))
+    exec(lines, scope := {})
+    model = scope["model"]
+    assert isinstance(model.encoder.backbone, AttentionPoolBackbone)
+    assert torch.equal(model.encoder.text_encoder.text_projection, clip["text_projection"])
+
+    losses = model.train()(images(), torch.zeros(2, 64, 64, dtype=torch.long))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    save_checkpoint(tmp_path / "own.pt", model)
+    with pytest.raises(ValueError, match="your own module"):  # only the reader's code can build it again
+        load_checkpoint(tmp_path / "own.pt")
+    exec(lines, scope)
+    again = scope["model"].eval()
+    again.load_state_dict(denseclip.read_checkpoint(tmp_path / "own.pt")["model"])
+    with torch.no_grad():
+        assert torch.equal(again(images(1, 75, 53)), model.eval()(images(1, 75, 53)))
