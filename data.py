@@ -352,16 +352,20 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main()`; a user's mistake prints one line and exits with status 2, Ctrl-C with status 130."""
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()  # leave together: a process that waits for one that has left may wait forever
     except (ValueError, OSError) as error:
         # An error in a loader's worker arrives as a whole traceback, whose last line is "Type: message".
         message = (str(error).strip() or repr(error)).splitlines()[-1]
         print(f"error: {message.removeprefix(type(error).__name__ + ': ')}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise  # (torch.save turns Ctrl-C into a RuntimeError)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -1,6 +1,9 @@
 """What several test files share: seeded images, folders of images and masks, training steps, scripts run in-process."""
 
+import gc
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,5 +82,12 @@ def error_line(script, capsys, monkeypatch, *options):
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: run(script, monkeypatch, *options))
     line = capsys.readouterr().err
+    gc.collect()  # a traceback may hold a loader, whose workers end with it
     assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
     return line
+
+
+def readme_block(word):
+    """The README's first Python snippet that contains `word`."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    return next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if word in block)

@@ -1,14 +1,12 @@
 """Any image encoder will do: all of CLIP's, with patch and crop sizes that do not match, torchvision's ResNets and
 Swins, whose weights mean the same here, and a reader's own module, as in the README."""
 
-import re
 import urllib.error
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from helpers import NAMES, check_round_trip, images, train_steps
+from helpers import NAMES, check_round_trip, images, readme_block, train_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,8 +15,6 @@ import denseclip
 from backbones import PYRAMIDS, AttentionPoolBackbone, SwinPyramid, build_backbone, load_torchvision
 from clip_model import ARCHITECTURES, CLIP, MEAN, STD, Architecture
 from denseclip import PRESETS, Preset, build_model, load_checkpoint, save_checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def slow_unless(quick, names):
@@ -160,8 +156,7 @@ def test_language_guides_another_backbone(tmp_path):
 
 def test_readme_example_of_ones_own_module(monkeypatch, tmp_path):
     """The README's lines, unchanged; only the weights that they would download are random."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    lines = next(block for block in blocks if "AttentionPoolBackbone" in block)
+    lines = readme_block("AttentionPoolBackbone")
     with torch.device("meta"):
         clip = {key.removeprefix("text."): value for key, value in CLIP(ARCHITECTURES["RN50"]).state_dict().items()}
     clip |= {key: 0.02 * torch.randn(value.shape) for key, value in clip.items() if not key.startswith("visual.")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import check_round_trip
+from helpers import check_round_trip, readme_block
 from torch import nn
 
 from clip_model import CLIP
@@ -311,7 +311,7 @@ def copy_without_detection(folder):
 
 
 @pytest.mark.parametrize(
-    "tests", [["tests/test_heads.py"], pytest.param([], marks=pytest.mark.slow)], ids=["quick", "all"]
+    "tests", [["-n", "0", "tests/test_heads.py"], pytest.param([], marks=pytest.mark.slow)], ids=["quick", "all"]
 )
 def test_all_the_rest_works_without_detection(tests, tmp_path):
     """Without detection.py, coco.py, detect.py and convert.py, every other script imports, and its tests pass."""
@@ -322,6 +322,13 @@ def test_all_the_rest_works_without_detection(tests, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not without_detection", *tests]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(readme_block("save_checkpoint"), scope := {})
+    assert scope["logits"].shape == (2, 3, 512, 512) and scope["score_map"].shape[:2] == (2, 3)
+    assert scope["model"].class_names == ["sky", "road", "traffic light"]
 
 
 def test_forward_fits_on_one_screen():

@@ -3,6 +3,7 @@ code" comment says. A model takes images of any sizes and returns boxes in their
 
 import pytest
 import torch
+from helpers import readme_block
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.image_list import ImageList
@@ -192,6 +193,11 @@ def test_boxes_keep_full_precision_under_autocast(name, images):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         for detections in model.eval()(images):
             assert detections["boxes"].dtype == detections["scores"].dtype == torch.float32
+
+
+def test_the_readmes_example_runs():
+    exec(readme_block("mask_rcnn_tiny"), scope := {})
+    assert scope["boxes"].shape == (len(scope["scores"]), 4) and scope["masks"].shape[1:] == (960, 1280)
 
 
 # ------------------------------------------------------------------------------------------------ the parts
