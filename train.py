@@ -129,8 +129,7 @@ def train(
     rank, world = this_process()
     micro_batch, remainder = divmod(recipe.batch_size, world * accumulate)
     if remainder or not micro_batch:
-        split = f"{world} process(es) x --accumulate {accumulate}"
-        raise ValueError(f"--batch-size {recipe.batch_size} is not divisible by {split}")
+        raise ValueError(f"--batch-size {recipe.batch_size} is not divisible by {world} x --accumulate {accumulate}")
 
     # model and optimizer
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
@@ -141,10 +140,7 @@ def train(
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
     start, best = restore_run(resume, out, model, optimizer, run, device) if resume else (0, -1.0)
-    network = model
-    if world > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     # samples: order and augmentation depend on the seed and the number drawn before, so a resumed run sees the rest
@@ -161,17 +157,15 @@ def train(
 
         # once in a while: save
         if iteration > start and (evaluating or iteration % save_every == 0):
-            if steps:
-                mean_losses(steps)  # raises if one is not finite
+            mean_losses(steps)  # raises if one is not finite
             states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device)}
             if rank == 0:
                 save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, **states)
 
         # once in a while: evaluate and keep the best model (after saving, as this may fail; a resumed run repeats it)
         if evaluating:
-            if world > 1:  # on CPUs each process has its own batch norm statistics: use those that were saved
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
+            for buffer in model.buffers() if world > 1 else ():
+                dist.broadcast(buffer, 0)  # on CPUs each process has its own batch norm statistics: use the saved ones
             metrics = evaluate_model(model)
             if rank == 0:
                 write_log(out, {"iteration": iteration, **to_json(metrics)})
@@ -219,12 +213,13 @@ def train(
                 shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
                 tqdm.write(" | ".join(shown))
             steps, clock, last_logged = [], time.perf_counter(), done
-    bar.close()
     return metrics
 
 
 def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[str, float]:
     """Mean of each loss over steps and processes; a ValueError names the files of the first that is not finite."""
+    if not steps:
+        return {}
     values = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in steps])  # (steps, losses)
     for (iteration, _, paths), row in zip(steps, values.tolist(), strict=True):
         if not all(map(math.isfinite, row)):

@@ -11,12 +11,12 @@ any other norm, 4 for bilinear and 1 for nearest up-sampling. One image of 1024 
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import read_classes
@@ -43,7 +43,6 @@ class Row:
     parameters: float | None = None
     multiply_adds: float | None = None
     notes: str = ""  # keys of NOTES
-    with_text: bool = False  # the text encoder runs for every image, so it counts
 
 
 R50 = {"name": "rn50", "backbone": "resnet50"}  # ImageNet's; here "name" decides only the text encoder
@@ -66,7 +65,7 @@ TABLES = {
         Row("ImageNet", R50 | PLAIN, "38.6", 31.0, 227, "a"),
         Row("CLIP", {"name": "rn50"} | PLAIN, "39.6", 31.0, 249),
         Row("learned contexts", {"name": "rn50", "prompting": "learned"}, "42.1", 46.5, 269, "e"),
-        Row("pre-model", {"name": "rn50", "prompting": "pre"}, "42.9", 116.9, 368, "f", with_text=True),
+        Row("pre-model", {"name": "rn50", "prompting": "pre"}, "42.9", 116.9, 368, "f"),
         Row("post-model", {"name": "rn50", "prompting": "post"}, "43.5", 50.2, 269, "b"),
     ],
     "Table 5: any backbone": [
@@ -96,38 +95,47 @@ NOTES = {
 }
 
 
+class PerValue(TorchDispatchMode):
+    """Adds up what norms and up-sampling cost for each value of their output."""
+
+    aten, total = torch.ops.aten, 0
+    costs = {aten.native_batch_norm: 2, aten.native_layer_norm: 5, aten.native_group_norm: 5}
+    costs |= {aten.upsample_bilinear2d: 4, aten.upsample_nearest2d: 1}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        if cost := self.costs.get(operation.overloadpacket):
+            self.total += cost * (output if isinstance(output, torch.Tensor) else output[0]).numel()
+        return output
+
+
+def count(run: Callable[[], object]) -> float:
+    """Multiply-adds, in G, of what `run` computes."""
+    with FlopCounterMode(display=False) as products, PerValue() as others:
+        run()
+    return (products.get_total_flops() / 2 + others.total) / 1e9
+
+
 def measure(model: nn.Module, size: tuple[int, int] = (1024, 1024)) -> Cost:
     """Cost of evaluating one image of this size (H, W) with a model on the meta device."""
     model.eval().requires_grad_(False)
-    model.encoder.training = True  # itself, not its parts: it does not cache the text, so the text encoder is counted
-    aten = torch.ops.aten
-    norms = {aten.native_batch_norm: 2, aten.native_layer_norm: 5, aten.native_group_norm: 5}
-    upsampling = {aten.upsample_bilinear2d: 4, aten.upsample_nearest2d: 1}
-    formulas = {op: per_value(count) for op, count in {**norms, **upsampling}.items()}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model(torch.empty(1, 3, *size, device="meta"))
-    counts = {module: sum(ops.values()) / 2e9 for module, ops in counter.get_flop_counts().items()}
-
+    encoder, image = model.encoder, torch.empty(1, 3, *size, device="meta")
     total = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    text = sum(value.numel() for name, value in model.named_parameters() if ".text_encoder." in name) / 1e6
-    text_multiply_adds = counts.get("DenseCLIP.encoder.text_encoder", 0.0)
-    return Cost(total - text, counts["Global"] - text_multiply_adds, text, text_multiply_adds)
-
-
-def per_value(count: int) -> Callable[..., int]:
-    """A formula for FlopCounterMode, where a multiply-add counts 2: `count` multiply-adds per value of the output."""
-
-    def formula(*_, out_shape, **__) -> int:
-        shape = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]  # norms also return statistics
-        return 2 * count * math.prod(shape)
-
-    return formula
+    if not hasattr(encoder, "text_encoder"):
+        return Cost(total, count(lambda: model(image)), 0.0, 0.0)
+    text = sum(parameter.numel() for parameter in encoder.text_encoder.parameters()) / 1e6
+    contexts = torch.empty(1, encoder.num_contexts, encoder.text_encoder.width, device="meta")
+    text_multiply_adds = count(lambda: encoder.text_encoder(encoder.tokens, contexts))
+    encoder.cached_text = torch.empty(1, len(encoder.tokens), encoder.text_encoder.embed_dim, device="meta")
+    multiply_adds = count(lambda: model(image))
+    if encoder.prompt_decoder is not None:  # pre-model prompting cannot cache the text
+        multiply_adds -= text_multiply_adds
+    return Cost(total - text, multiply_adds, text, text_multiply_adds)
 
 
 def format_row(row: Row, cost: Cost) -> str:
-    """The row's line of the Markdown table."""
     parameters, multiply_adds = cost.parameters, cost.multiply_adds
-    if row.with_text:
+    if row.settings.get("prompting") == "pre":  # the text encoder runs for every image, so it counts
         parameters, multiply_adds = parameters + cost.text_parameters, multiply_adds + cost.text_multiply_adds
     paper = ["" if value is None else str(value) for value in (row.parameters, row.multiply_adds)]
     cells = [row.label, row.miou, f"{parameters:.2f}", paper[0], f"{multiply_adds:.2f}", paper[1], ", ".join(row.notes)]
@@ -136,11 +144,11 @@ def format_row(row: Row, cost: Cost) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    class_names, _ = read_classes("ade20k")
-    text = None
+    class_names, text = read_classes("ade20k")[0], None
     for title, rows in TABLES.items():
-        print(f"**{title}**\n\n| | mIoU (paper) | parameters, M | paper | multiply-adds, G | paper | notes |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            f"**{title}**\n\n| | mIoU (paper) | parameters, M | paper | multiply-adds, G | paper | notes |\n|{'---|' * 7}"
+        )
         for row in rows:
             with torch.device("meta"):
                 model = build_model(class_names=class_names, **row.settings)
