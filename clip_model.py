@@ -397,7 +397,7 @@ def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = No
     """
     weights = read_weights(name_or_path, cache)
     model = CLIP(read_architecture(weights, name_or_path), quick_gelu)
-    names = {key: key if key.startswith("visual.") or key == "logit_scale" else f"text.{key}" for key in weights}
+    names = {key: key if key.startswith(("visual.", "logit_scale")) else f"text.{key}" for key in weights}
     load_weights(model, {names[key]: value for key, value in weights.items()}, name_or_path)
     return model.eval()
 

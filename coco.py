@@ -296,7 +296,6 @@ def evaluate_detection(
     *,
     save_results: str | Path | None = None,
     workers: int = 0,
-    progress: bool = True,
 ) -> dict[str, float | Tensor]:
     """COCO's average precision of `model` on `dataset` as pycocotools computes it, in per cent; nan: no such objects.
 
@@ -311,7 +310,7 @@ def evaluate_detection(
     # A generator of its own: iterating must not change the random state that training resumes with.
     generator, shard = torch.Generator(), range(rank, len(dataset), world)
     loader = DataLoader(dataset, batch_size=None, sampler=shard, num_workers=workers, generator=generator)
-    bar = tqdm(loader, "evaluating", leave=False, disable=not progress or rank > 0 or None)  # None: off in a log file
+    bar = tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None)  # None: off unless in a terminal
     with torch.no_grad():
         for image, target, _ in bar:
             detections = model([image.to(device)], sizes=[target["size"]])[0]

@@ -20,7 +20,7 @@ from clip_model import load_weights, read_architecture
 from data import read_classes, run_script
 from denseclip import read_tensors, save_checkpoint
 
-HEADS = {  # each task's classifier in the release, and its number of outputs per class
+CLASSIFIERS = {  # each task's classifier in the release, and its number of outputs per class
     "segmentation": ("decode_head.conv_seg.weight", 1),
     "retinanet": ("bbox_head.retina_cls.weight", 9),
     "mask_rcnn": ("roi_head.mask_head.conv_logits.weight", 1),
@@ -64,12 +64,12 @@ def convert(
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{source}: expected a checkpoint of the authors' release, with a state_dict in it")
     state_dict = checkpoint["state_dict"]
-    task = next((task for task, (key, _) in HEADS.items() if key in state_dict), None)
+    task = next((task for task, (key, _) in CLASSIFIERS.items() if key in state_dict), None)
     if task is None:
-        raise ValueError(f"{source}: none of {', '.join(key for key, _ in HEADS.values())} is in it")
+        raise ValueError(f"{source}: none of {', '.join(key for key, _ in CLASSIFIERS.values())} is in it")
     name, settings = read_model(state_dict, task, source)
 
-    classifier, outputs = HEADS[task]
+    classifier, outputs = CLASSIFIERS[task]
     num_classes = len(state_dict[classifier]) // outputs
     class_names = class_names or list((checkpoint.get("meta") or {}).get("CLASSES") or [])
     if len(class_names) != num_classes:

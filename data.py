@@ -74,10 +74,9 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
         images, masks = Path(root, "images", folder), Path(root, labels, folder)
         if images.is_dir() and masks.is_dir():
             return images, masks
-    raise FileNotFoundError(
-        f"{root}: no data set here; expected images/{ade20k} and annotations/{ade20k} (ADE20K), or images/{split} and "
-        f"masks/{split}; or give --{split} IMAGES MASKS; `python data.py --root data` downloads ADE20K"
-    )
+    layouts = f"images/{ade20k} and annotations/{ade20k} (ADE20K), or images/{split} and masks/{split}"
+    how = f"give --{split} IMAGES MASKS, or download ADE20K with `python data.py --root data`"
+    raise FileNotFoundError(f"{root}: no data set here; expected {layouts}; or {how}")
 
 
 def is_ade20k(masks: str | Path) -> bool:
@@ -132,7 +131,7 @@ def read_image(path: str | Path) -> Tensor:
 class SegmentationDataset(torch.utils.data.Dataset):
     """Images and masks paired by file stem.
 
-    transform:         maps image (3, H, W) uint8 and label (H, W) uint8, for example TrainTransform or EvalTransform
+    transform:         maps image (3, H, W) uint8 and label (H, W) uint8, such as TrainTransform; None: eval_transform
     ignore_index:      mask value of the pixels to ignore, in addition to 255
     reduce_zero_label: mask value 0 is ignored and values 1..K are the classes 0..K-1, as in ADE20K
 
@@ -146,7 +145,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         image_dir: str | Path,
         mask_dir: str | Path,
         num_classes: int,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         ignore_index: int = IGNORE_INDEX,
         reduce_zero_label: bool = False,
     ):
@@ -157,7 +156,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
             if alone := [path for stem, path in files.items() if stem not in others]:
                 raise ValueError(f"{alone[0]}: no {kind} of this name in {folder} ({len(alone)} in all); add or remove")
         self.pairs = [(path, masks[stem]) for stem, path in images.items()]
-        self.num_classes, self.transform = num_classes, transform
+        self.num_classes, self.transform = num_classes, transform or eval_transform
         self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
 
     def __len__(self) -> int:
@@ -192,17 +191,16 @@ class SegmentationDataset(torch.utils.data.Dataset):
         wrong = ~ignored & ((label < 0) | (label >= self.num_classes))
         if wrong.any():
             values, last = ", ".join(map(str, np.unique(mask[wrong])[:8])), self.num_classes - 1 + first
-            raise ValueError(
-                f"{path}: value {values} is no class; the classes are {first} to {last}, 255 is ignored; "
-                f"--ignore-index ignores another value, --reduce-zero-label ignores 0 and makes 1 the first class"
-            )
+            how = "--ignore-index ignores another value, --reduce-zero-label ignores 0 and makes 1 the first class"
+            what = f"value {values} is no class; the classes are {first} to {last}, 255 is ignored"
+            raise ValueError(f"{path}: {what}; {how}")
         return torch.from_numpy(label.astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------ transforms
 
 # As released, in the released order. Resizing, flip, hue, normalization and padding are torchvision's. What differs
-# from the released code, none of it by more than rounding:
+# from the released code, all of it within rounding:
 # - it rounds to 8 bits after every photometric step, and hue to 2 degrees; here they stay float, in [0, 1]
 # - its bilinear resizing (OpenCV) has 11-bit weights and rounds once; torchvision's for uint8 rounds after each axis.
 #   Neither smooths before shrinking: antialias=False, because the released weights were trained and tested without.
@@ -226,12 +224,10 @@ def coin() -> bool:
     return torch.rand(()).item() < 0.5
 
 
-class EvalTransform:
+def eval_transform(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Normalized image; image and label keep their size."""
-
-    def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        image = F.normalize(F.to_dtype(image, torch.float32, scale=True), MEAN, STD)  # (3, H, W)
-        return image.contiguous(), label.long()
+    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), MEAN, STD)  # (3, H, W)
+    return image.contiguous(), label.long()
 
 
 class TrainTransform:

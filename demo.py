@@ -11,11 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from clip_model import IGNORE_INDEX
-from data import EvalTransform, SegmentationDataset, TrainTransform, read_image, resize_to_fit, run_script
+from data import SegmentationDataset, TrainTransform, read_image, resize_to_fit, run_script
 from denseclip import build_model, read_checkpoint, restore_model
 from eval import evaluate, predict_probabilities, start_process
 from heads import resize
-from train import Recipe, start_log, train
+from train import Recipe, train
 
 RATES = {"lr": 1e-3, "backbone_lr_multiplier": 1.0, "warmup": 40}
 RECIPE = Recipe(iterations=240, batch_size=8, short_side=128, reduce_zero_label=True, **RATES)
@@ -158,16 +158,15 @@ def main() -> None:
     torch.manual_seed(RECIPE.seed)
     model = build_model("tiny", names)
 
-    def dataset(split: str, transform: TrainTransform | EvalTransform) -> SegmentationDataset:
+    def dataset(split: str, transform: TrainTransform | None = None) -> SegmentationDataset:
         folders = (out / "data" / kind / split for kind in ("images", "annotations"))
         return SegmentationDataset(*folders, len(names), transform, reduce_zero_label=True)
 
     train_set = dataset("training", TrainTransform(model.crop_size, (2048, RECIPE.short_side)))
-    val_set = dataset("validation", EvalTransform())
-    start_log(out, model, RECIPE, device)
-    score = partial(evaluate, dataset=val_set, device=device, short_side=RECIPE.short_side)
+    val_set = dataset("validation")
+    evaluate_model = partial(evaluate, dataset=val_set, device=device, short_side=RECIPE.short_side)
     loop = {"workers": 2, "eval_every": 120, "save_every": 120, "log_every": 20}
-    train(model, train_set, RECIPE, out, device, evaluate_model=score, **loop)
+    train(model, train_set, RECIPE, out, device, evaluate_model=evaluate_model, **loop)
 
     checkpoint = read_checkpoint(out / "best.pt")
     model = restore_model(checkpoint, out / "best.pt", build_model)

@@ -124,8 +124,8 @@ class LanguageGuidedEncoder(nn.Module):
     def embed_class_names(self, memory: Tensor) -> Tensor:
         """Text embeddings of the class names before the image refines them, (B, K, C). Eqs. (3) and (4).
 
-        Where they do not depend on the image, they are computed once in evaluation. Weights edited in place in eval
-        mode go unnoticed: call eval() again.
+        Where they do not depend on the image, they are computed once in evaluation. In eval mode, changes of weights in
+        place or of a submodule alone go unnoticed: call eval() again.
         """
         if self.prompt_decoder is not None:
             # Eq. (4): v = TransDecoder(q, [z_bar, z]), and v replaces p in Eq. (3)
@@ -141,11 +141,10 @@ class LanguageGuidedEncoder(nn.Module):
 
     def encode_text(self) -> Tensor:
         """t = TextEncoder([p, e_k]), Eq. (3), (1, K, C)."""
-        contexts = () if self.contexts is None else (self.contexts,)
-        return self.text_encoder(self.tokens, *contexts).view(1, len(self.tokens), -1)
+        return self.text_encoder(self.tokens, self.contexts).view(1, len(self.tokens), -1)
 
     def set_class_names(self, class_names: list[str]) -> None:
-        """Guide by these names from now on; a trained head needs as many as it was trained with."""
+        """Use these class names from now on; a trained head needs the same number."""
         check_class_names(class_names)
         texts = [self.template.format(name) for name in class_names]
         # Released code: always 5 tokens; a name of more than 3 is an error. Here the longest name decides.
@@ -159,7 +158,7 @@ class LanguageGuidedEncoder(nn.Module):
         self.class_names = list(class_names)
         self.cached_text = None
 
-    # What else changes the text drops the cached one: training, moving or casting, loading weights.
+    # Whatever else may change the text drops the cached one: training, moving or casting, loading weights.
 
     def train(self, mode: bool = True) -> "LanguageGuidedEncoder":
         self.cached_text = None
@@ -255,7 +254,7 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """queries: (B, K, width); memory: (B, M, width); return: (B, K, width)."""
-        q, k, v = self.q_proj(queries), self.k_proj(memory), self.v_proj(memory)
+        q, k, v = self.q_proj(queries), self.k_proj(memory), self.v_proj(memory)  # (B, K or M, width)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, K or M, w / heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, K, w / heads)
         return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))  # (B, K, width)
@@ -273,10 +272,11 @@ class DecoderLayer(nn.Module):
         self.mlp = nn.Sequential(expand, nn.GELU(), nn.Dropout(dropout), contract, nn.Dropout(dropout))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        y = self.norm1(x)  # (B, K, width), as every line here
-        x = x + self.self_attn(y, y)
-        x = x + self.cross_attn(self.norm2(x), memory)
-        return x + self.mlp(self.norm3(x))
+        """x: (B, K, width); memory: (B, M, width); return: (B, K, width)."""
+        y = self.norm1(x)  # (B, K, width)
+        x = x + self.self_attn(y, y)  # (B, K, width)
+        x = x + self.cross_attn(self.norm2(x), memory)  # (B, K, width)
+        return x + self.mlp(self.norm3(x))  # (B, K, width)
 
 
 class ContextDecoder(nn.Module):
@@ -323,7 +323,7 @@ class PyramidViT(VisionTransformer):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         pyramid, global_embedding, visual_embeddings = super().forward(images)  # four maps (B, width, H/P, W/P)
-        scales = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
+        scales = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)  # to (B, width, 4H/P, 4W/P) .. (B, width, H/2P, W/2P)
         return [scale(x) for scale, x in zip(scales, pyramid, strict=True)], global_embedding, visual_embeddings
 
 
@@ -392,7 +392,7 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
     """The settings with defaults filled in. What would have no effect stays None, and a ValueError if it was given."""
     s = settings
     for name, choices in {"prompting": PROMPTING, "head": HEADS}.items():
-        if getattr(s, name) not in (None, *choices):
+        if getattr(s, name) not in choices and (name, getattr(s, name)) != ("head", None):
             raise ValueError(f"no {name} named {getattr(s, name)!r}: choose one of {', '.join(choices)}")
     contexts, refined = PROMPTING[s.prompting]
     language, decoder = contexts is not None, refined or contexts == "image"
@@ -408,7 +408,7 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
         "tau": (0.07, tau, "an auxiliary loss"),
         "head": ("fpn", not preset.detection, "a segmentation model"),
         "crop_size": (preset.crop_size, True, ""),
-        "drop_path": (preset.drop_path, vit, "CLIP's ViT"),
+        "drop_path": (preset.drop_path if language else 0.0, vit, "CLIP's ViT"),  # Released code: none in the baseline
         "double_class_embedding": (True, vit, "CLIP's ViT"),
         "quick_gelu": (True, language or vit, "a transformer of CLIP's"),
         "context_length": (77, language, "a text encoder"),
@@ -420,9 +420,11 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
         elif value is not None and not has_effect:
             what = f"prompting={s.prompting}" + (f", backbone={s.backbone}" if s.backbone else "")
             raise ValueError(f"{name}={value} would have no effect: it needs {needs} ({what}); leave it out")
-    for name, least in {"num_contexts": 1, "decoder_layers": 1, "crop_size": 32}.items():
-        if (value := getattr(s, name)) is not None and value < least:
-            raise ValueError(f"{name} is {value}, it must be at least {least}")
+    ranges = {"num_contexts": (1, 64), "decoder_layers": (1, 64), "crop_size": (32, 8192), "context_length": (5, 1024)}
+    ranges |= {"gamma": (-1e3, 1e3), "aux_weight": (0, 1e3), "tau": (1e-4, 1e3), "drop_path": (0, 0.99)}
+    for name, (low, high) in ranges.items():
+        if (value := getattr(s, name)) is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}, it must be from {low} to {high}")
     if language and not (s.aux_weight or s.join_score_map):
         raise ValueError("with neither score map nor auxiliary loss, language has no effect: use prompting=none")
     return s
@@ -434,13 +436,15 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
 def build_model(name: str, class_names: list[str], clip: str | None = None, **settings) -> DenseCLIP:
     """A segmentation model: preset `name`, CLIP's weights `clip`, and `settings` as `build_encoder` takes them."""
     if (preset := PRESETS.get(name)) is None:
-        raise ValueError(f"no segmentation model named {name!r}: choose one of {', '.join(PRESETS)}")
-    encoder, settings = build_encoder(preset, class_names, clip, **settings)
-    if settings.head == "fpn":
+        raise ValueError(
+            f"no segmentation model named {name!r} (detectors: detect.py): choose one of {', '.join(PRESETS)}"
+        )
+    encoder, resolved = build_encoder(preset, class_names, clip, **settings)
+    if resolved.head == "fpn":
         neck, decode_head = FPN(encoder.channels, preset.channels), SemanticFPNHead(len(class_names), preset.channels)
     else:
         neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * preset.channels)
-    return DenseCLIP(encoder, neck, decode_head, name, settings)
+    return DenseCLIP(encoder, neck, decode_head, name, resolved)
 
 
 def build_encoder(
@@ -582,7 +586,7 @@ def read_tensors(path: str | Path) -> object:
 
 
 def load_checkpoint(path: str | Path) -> DenseCLIP:
-    """The segmentation model in a file of train.py, in evaluation mode on the CPU."""
+    """The segmentation model saved by train.py, in evaluation mode on the CPU."""
     return restore_model(read_checkpoint(path), path, build_model)
 
 
@@ -591,6 +595,6 @@ def restore_model(checkpoint: dict, path: str | Path, build: Callable[..., nn.Mo
     try:
         model = build(checkpoint["name"], checkpoint["class_names"], **checkpoint["settings"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: this version cannot build its model: {error}") from None
+        raise ValueError(f"{path}: its model cannot be built: {error}") from None
     load_weights(model, checkpoint["model"], str(path))
     return model.eval()

@@ -1,4 +1,5 @@
-"""Train and score the detectors: RetinaNet and Mask R-CNN, box and mask AP on COCO. `train` is the paper's schedule.
+"""Train and score the detectors: RetinaNet and Mask R-CNN, box and mask AP on COCO. By default `train` follows the
+paper's schedule.
 
     python detect.py train --model retinanet_rn50 --data data/coco --out runs/retinanet     # --accumulate 8 on one GPU
     torchrun --standalone --nproc_per_node 8 detect.py train --model mask_rcnn_rn50 --out runs/mask_rcnn
@@ -10,9 +11,8 @@ categories are the classes. The loop is train.py's: same options, --resume, file
 """
 
 import argparse
-import json
 import os
-from dataclasses import fields
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,18 +22,18 @@ from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_d
 from data import run_script
 from denseclip import read_checkpoint, restore_model
 from detection import PRESETS, build_model
-from eval import start_process, to_json
-from train import Recipe, add_options, count, find_run, initial_weights, parse_settings, start_log, train
+from eval import start_process, write_scores
+from train import Recipe, add_options, find_run, initial_weights, parse_settings, positive, train
 
-# Released code: 12 epochs (iterations=0 stands for them), positional grid for 1344 pixels
-RECIPE = Recipe(iterations=0, batch_size=16, warmup=500, schedule="step", clip_grad=0.1, short_side=800)
+# Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
+RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1, short_side=800)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
     parser.add_argument("--val", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
     short = "fit images in (5/3 of this, this) (default: 800; eval: as in training)"
-    parser.add_argument("--short-side", type=count, metavar="PIXELS", help=short)
+    parser.add_argument("--short-side", type=positive, metavar="PIXELS", help=short)
 
 
 def train_detector(args: argparse.Namespace) -> None:
@@ -43,34 +43,36 @@ def train_detector(args: argparse.Namespace) -> None:
     rank, world, device = start_process(args.device)
     torch.manual_seed(args.seed)  # the same initial weights in every process
 
-    args.short_side = args.short_side or RECIPE.short_side
-    limits, load_masks = detection_limits(args.short_side), args.model.startswith("mask")
+    short_side = args.short_side or RECIPE.short_side
+    limits, load_masks = detection_limits(short_side), args.model.startswith("mask")
     train_files = args.train or find_coco(args.data, "train")
     val_files = args.val or find_coco(args.data, "val")
     train_set = CocoDetection(*train_files, DetectionTransform(limits, flip=0.5), load_masks=load_masks, train=True)
     names = train_set.class_names
     val_set = CocoDetection(*val_files, DetectionTransform(limits), names, load_masks=load_masks)
 
-    weights = (args.clip, args.prompting, args.backbone, args.backbone_weights)
-    args.clip, args.backbone_weights = initial_weights(PRESETS[args.model].encoder, *weights)
-    settings = {"prompting": args.prompting, "backbone": args.backbone}
-    if rank == 0 and not resume:  # one process reads weights, the others get them from it; a resumed run has its own
-        settings |= {"clip": args.clip, "backbone_weights": args.backbone_weights}
-    model = build_model(args.model, names, **settings | parse_settings(args.set))
+    preset, plain = PRESETS[args.model].encoder, args.prompting == "none"
+    weights = initial_weights(preset, args.clip, args.backbone, args.backbone_weights, plain)
+    options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
+    if rank == 0 and not resume:  # one process reads weights, the others get its parameters; a resumed run has its own
+        options |= weights
+    model = build_model(args.model, names, **options)
 
-    args.lr = args.lr or (2e-4 if load_masks else 1e-4)  # the paper's
     epoch = train_set.sampler(args.batch_size, 0, 0, 1, 0).size  # images
-    args.iterations = args.iterations or 12 * epoch // args.batch_size
-    values = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
-    recipe = Recipe(**values)
+    lr = (2e-4 if load_masks else 1e-4) if args.lr is None else args.lr  # the paper's
+    known = {
+        "short_side": short_side,
+        "iterations": args.iterations or 12 * epoch // args.batch_size,
+        "lr": lr,
+        **weights,
+    }
+    recipe = replace(RECIPE, **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
     if rank == 0:
-        data = {"train": [str(path) for path in train_files], "val": [str(path) for path in val_files]}
-        start_log(args.out, model, recipe, device, accumulate=args.accumulate, **data)
-        print(f"{model.name}, {world} x {device}\n{train_set.summary()}\n{val_set.summary()}")
-        print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
+        print(f"{model.name}, {world} x {device}, writing to {args.out}\n{train_set.summary()}\n{val_set.summary()}")
+        print("the same command with --resume continues an interrupted run")
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
-    score = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
-    options = {"evaluate_model": score, "score": "box_ap", "resume": resume}
+    evaluate_model = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
+    options = {"evaluate_model": evaluate_model, "score": "box_ap", "resume": resume}
     metrics = train(model, train_set, recipe, args.out, device, **options, **loop)
     if rank == 0:
         print(format_ap_table(metrics, names))
@@ -91,8 +93,7 @@ def score_detector(args: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{format_ap_table(metrics, names)}\n\nbox AP {metrics['box_ap']:.2f} on {len(dataset)} images")
         if args.json:
-            scores = {"images": len(dataset), "class_names": names, **to_json(metrics)}
-            args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            write_scores(args.json, len(dataset), names, metrics)
 
 
 def main() -> None:
@@ -101,7 +102,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval")
     training = commands.add_parser("train", usage="python detect.py train [options]", **raw)
     add_options(training, PRESETS, RECIPE, "runs/detector")
-    training.set_defaults(run=train_detector, lr=None)
+    training.set_defaults(run=train_detector)
     option = training.add_argument_group("data").add_argument
     option("--train", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
     add_data_options(training)

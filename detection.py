@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import roi_heads, rpn
-from torchvision.models.detection._utils import BoxCoder, Matcher  # private; checked in torchvision 0.19, 0.24, 0.29
+from torchvision.models.detection._utils import BoxCoder, Matcher  # private; checked in torchvision 0.21 and 0.29
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -151,8 +151,8 @@ def box_map(boxes: Tensor, labels: Tensor, num_classes: int, height: int, width:
 
     Released code: box ends are exclusive and clamped to the last row and column, so those are never inside a box.
     """
-    last = torch.tensor([width - 1, height - 1] * 2, device=boxes.device)
-    x1, y1, x2, y2 = (boxes / 4).long().clamp(min=0).minimum(last)[:, :, None].unbind(1)  # (N, 1)
+    x1, x2 = (boxes[:, 0::2] / 4).long().clamp(0, width - 1)[:, :, None].unbind(1)  # (N, 1)
+    y1, y2 = (boxes[:, 1::2] / 4).long().clamp(0, height - 1)[:, :, None].unbind(1)  # (N, 1)
     rows, columns = (torch.arange(n, device=boxes.device) for n in (height, width))
     rows = ((rows >= y1) & (rows < y2)).float()  # (N, height)
     columns = ((columns >= x1) & (columns < x2)).float()  # (N, width)
@@ -483,13 +483,13 @@ PRESETS = {
 def build_model(name: str, class_names: list[str], clip: str | None = None, **settings) -> Detector:
     """A detector: preset `name`, CLIP's weights `clip`, and `settings` as `denseclip.build_encoder` takes them."""
     if name not in PRESETS:
-        raise ValueError(f"no detector named {name!r}: choose one of {', '.join(PRESETS)}")
+        raise ValueError(f"no detector named {name!r} (segmentation: eval.py): choose one of {', '.join(PRESETS)}")
     head, neck, preset = PRESETS[name]
-    encoder, settings = build_encoder(preset, class_names, clip, **settings)
+    encoder, resolved = build_encoder(preset, class_names, clip, **settings)
     neck, head = neck(encoder.channels, preset.channels), head(len(class_names), preset.channels)
-    return Detector(encoder, neck, head, name, settings)
+    return Detector(encoder, neck, head, name, resolved)
 
 
 def load_checkpoint(path: str | Path) -> Detector:
-    """The detector in a file of detect.py, in evaluation mode on the CPU."""
+    """The detector saved by detect.py, in evaluation mode on the CPU."""
     return restore_model(read_checkpoint(path), path, build_model)

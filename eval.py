@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clip_model import IGNORE_INDEX
-from data import EvalTransform, SegmentationDataset, default_color, find_split, read_classes, resize_to_fit, run_script
+from data import SegmentationDataset, default_color, find_split, is_ade20k, read_classes, resize_to_fit, run_script
 from denseclip import build_model, read_checkpoint, restore_model
 from heads import resize
 
@@ -227,7 +227,13 @@ def check_classes(checkpoint: str | Path, names: list[str], listed_in: str, list
         pairs = enumerate(zip(names, listed, strict=False), 1)
         first = next((f" (number {i} is {a!r} and {b!r})" for i, (a, b) in pairs if a != b), "")
         counts = f"{checkpoint} has {len(names)} classes and {listed_in} has {len(listed)}"
-        raise ValueError(f"{counts}, not the same{first}; give the list it was trained with, or none")
+        raise ValueError(f"{counts}, which differ{first}; give the list it was trained with, or none")
+
+
+def write_scores(path: Path, images: int, class_names: list[str], metrics: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scores = {"images": images, "class_names": class_names, **to_json(metrics)}
+    path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -258,24 +264,17 @@ def main() -> None:
         listed, colors = read_classes(args.classes)
         check_classes(args.checkpoint, names, args.classes, listed)
     images, masks = args.val or find_split(args.data, "val")
-    trained = {
-        "short_side": None,
-        "ignore_index": IGNORE_INDEX,
-        "reduce_zero_label": False,
-        **checkpoint.get("run", {}),
-    }
-    for name in ("short_side", "ignore_index", "reduce_zero_label"):
-        if getattr(args, name) is None:
-            setattr(args, name, trained[name])
-    labels = (args.ignore_index, args.reduce_zero_label)
-    dataset = SegmentationDataset(images, masks, len(names), EvalTransform(), *labels)
-    protocol = {"short_side": args.short_side, "multi_scale": args.multi_scale, "workers": args.workers}
-    metrics = evaluate(model, dataset, device, **protocol, save_masks=args.save_masks, colors=colors)
+    conventions = {"short_side": None, "ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks)}
+    conventions |= checkpoint.get("run", {})
+    conventions |= {name: value for name, value in vars(args).items() if value is not None and name in conventions}
+    labels = {name: conventions[name] for name in ("ignore_index", "reduce_zero_label")}
+    dataset = SegmentationDataset(images, masks, len(names), **labels)
+    options = {"short_side": conventions["short_side"], "multi_scale": args.multi_scale, "workers": args.workers}
+    metrics = evaluate(model, dataset, device, **options, save_masks=args.save_masks, colors=colors)
     if rank == 0:
         print(f"{format_table(metrics, names)}\n\nmIoU {metrics['miou']:.2f} on {len(dataset)} images of {images}")
         if args.json:
-            scores = {"images": len(dataset), "class_names": names, **to_json(metrics)}
-            args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            write_scores(args.json, len(dataset), names, metrics)
 
 
 if __name__ == "__main__":

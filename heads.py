@@ -1,4 +1,4 @@
-"""Necks and heads that are not this paper's: FPN, Semantic FPN and UperNet, initialized as in the released code.
+"""Standard necks and heads, not this paper's: FPN, Semantic FPN and UperNet, initialized as in the released code.
 
 All take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone.
 """

@@ -1,5 +1,4 @@
-"""Train DenseCLIP for segmentation. The defaults are the paper's run: CLIP ResNet-50, Semantic FPN, ADE20K, 80,000
-iterations.
+"""Train DenseCLIP for segmentation. By default the paper's run: CLIP RN50, Semantic FPN, ADE20K, 80,000 iterations.
 
     python train.py --data data/ADEChallengeData2016 --out runs/rn50      # one GPU (--accumulate 4 if memory is short)
     torchrun --standalone --nproc_per_node 8 train.py --out runs/rn50     # eight GPUs, the same global batch
@@ -20,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,14 +32,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip_model import ARCHITECTURES, IGNORE_INDEX
-from data import EvalTransform, SegmentationDataset, TrainTransform, find_split, is_ade20k, read_classes, run_script
+from data import SegmentationDataset, TrainTransform, find_split, is_ade20k, read_classes, run_script
 from denseclip import PRESETS, PROMPTING, Preset, Settings, build_model, read_checkpoint, save_checkpoint
 from eval import check_classes, evaluate, format_table, start_process, this_process, to_json
 
 
 @dataclass
 class Recipe:
-    """What decides the trained weights; the defaults are the paper's. Checkpoints hold it, and --resume compares it."""
+    """Everything that determines the trained weights; the defaults are the paper's. --resume insists on it."""
 
     clip: str | None = None  # CLIP's initial weights, see `clip_model.load_clip`; None: random
     backbone_weights: str | None = None  # of a backbone that is not CLIP's
@@ -51,7 +50,7 @@ class Recipe:
     backbone_lr_multiplier: float = 0.1
     text_lr_multiplier: float = 0.0  # 0: the text encoder is frozen
     warmup: int = 1_500  # iterations
-    schedule: str = "poly"  # "step" for detection
+    schedule: str = "poly"  # or "step", see `learning_rate`
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
     precision: str = "fp32"  # or "bf16"
     seed: int = 0
@@ -66,18 +65,17 @@ class Recipe:
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Parameter groups for AdamW: smaller learning rate for the image encoder, no decay of the context decoder's norms.
 
+    Also freezes the text encoder, unless its learning rate is above 0.
     Released code: the longest matching key decides, so a norm inside the backbone counts as "backbone" and does decay;
     "norm" occurs in the names of the context decoder's norm1..3 only. Frozen parameters are in no group.
     """
-    keys = {  # learning rate, weight decay
-        "backbone": (recipe.lr * recipe.backbone_lr_multiplier, recipe.weight_decay),
-        "text_encoder": (recipe.lr * recipe.text_lr_multiplier, recipe.weight_decay),
-        "norm": (recipe.lr, 0.0),
-        "rest": (recipe.lr, recipe.weight_decay),
-    }
-    groups = {k: {"name": k, "params": [], "base_lr": lr, "weight_decay": decay} for k, (lr, decay) in keys.items()}
+    lr, decay = recipe.lr, recipe.weight_decay
+    rates = {"backbone": lr * recipe.backbone_lr_multiplier, "text_encoder": lr * recipe.text_lr_multiplier}
+    rates |= {"norm": lr, "rest": lr}
+    groups = {k: {"name": k, "params": [], "base_lr": rate, "weight_decay": decay} for k, rate in rates.items()}
+    groups["norm"]["weight_decay"] = 0.0
     for name, parameter in model.named_parameters():
-        key = next((key for key in keys if key in name), "rest")
+        key = next((key for key in rates if key in name), "rest")
         if key == "text_encoder":
             parameter.requires_grad_(recipe.text_lr_multiplier > 0)
         if parameter.requires_grad:
@@ -127,8 +125,7 @@ def train(
     Every process of torchrun calls this with the same arguments; they split each batch.
     """
     rank, world = this_process()
-    micro_batch, remainder = divmod(recipe.batch_size, world * accumulate)
-    if remainder or not micro_batch:
+    if recipe.batch_size % (world * accumulate):
         raise ValueError(f"--batch-size {recipe.batch_size} is not divisible by {world} x --accumulate {accumulate}")
 
     # model and optimizer
@@ -140,24 +137,25 @@ def train(
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
     start, best = restore_run(resume, out, model, optimizer, run, device) if resume else (0, -1.0)
+    start_log(out, model, recipe, device, accumulate)
     network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     # samples: order and augmentation depend on the seed and the number drawn before, so a resumed run sees the rest
     sampler = train_set.sampler(recipe.batch_size, recipe.seed, rank, world, start * recipe.batch_size)
-    options = {"collate_fn": train_set.collate, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
-    batches = iter(DataLoader(train_set, micro_batch, sampler=sampler, num_workers=workers, **options))
+    micro_batch, pinned, own = recipe.batch_size // (world * accumulate), device.type == "cuda", torch.Generator()
+    options = {"num_workers": workers, "collate_fn": train_set.collate, "pin_memory": pinned, "generator": own}
+    batches = iter(DataLoader(train_set, micro_batch, sampler=sampler, **options))
 
-    steps, metrics = [], {}  # steps: (iteration, losses, files) of each step since the last log line
-    clock, last_logged = time.perf_counter(), start
+    steps, metrics, clock = [], {}, time.perf_counter()  # steps since the last log line: (iteration, losses, files)
     bar = tqdm(desc="training", total=recipe.iterations, initial=start, disable=rank > 0 or None)
     for iteration in range(start, recipe.iterations + 1):  # the last round only saves and evaluates
-        paused = time.perf_counter()
         evaluating = iteration > 0 and (iteration % eval_every == 0 or iteration == recipe.iterations)
 
         # once in a while: save
+        paused = time.perf_counter()
         if iteration > start and (evaluating or iteration % save_every == 0):
-            mean_losses(steps)  # raises if one is not finite
+            mean_losses(steps)  # waits for the GPU, and raises if a loss is not finite
             states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device)}
             if rank == 0:
                 save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, **states)
@@ -165,10 +163,10 @@ def train(
         # once in a while: evaluate and keep the best model (after saving, as this may fail; a resumed run repeats it)
         if evaluating:
             for buffer in model.buffers() if world > 1 else ():
-                dist.broadcast(buffer, 0)  # on CPUs each process has its own batch norm statistics: use the saved ones
+                dist.broadcast(buffer, 0)  # batch norm statistics differ between processes: use those that were saved
             metrics = evaluate_model(model)
+            write_log(out, {"iteration": iteration, **to_json(metrics)})
             if rank == 0:
-                write_log(out, {"iteration": iteration, **to_json(metrics)})
                 tqdm.write(f"iteration {iteration} | {score} {metrics[score]:.4g} | best before {max(best, 0):.4g}")
                 if metrics[score] > best:
                     best = metrics[score]
@@ -202,17 +200,17 @@ def train(
         # once in a while: log; only here are the losses read, since that waits for the GPU
         done = iteration + 1
         if done % log_every == 0 or done == recipe.iterations:
-            seconds = (time.perf_counter() - clock) / (done - last_logged)  # per iteration, without the pauses
-            speed, left = recipe.batch_size / seconds, seconds * (recipe.iterations - done)
             record = {"iteration": done, **mean_losses(steps), "lr": max(g["lr"] for g in optimizer.param_groups)}
-            record |= {"images_per_second": speed, "eta_seconds": left}
+            seconds = (time.perf_counter() - clock) / len(steps) * accumulate  # per iteration, without the pauses
+            left = seconds * (recipe.iterations - done)
+            record |= {"images_per_second": recipe.batch_size / seconds, "eta_seconds": left}
             if device.type == "cuda":
                 record["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+            write_log(out, record)
             if rank == 0:
-                write_log(out, record)
                 shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
                 tqdm.write(" | ".join(shown))
-            steps, clock, last_logged = [], time.perf_counter(), done
+            steps, clock = [], time.perf_counter()
     return metrics
 
 
@@ -234,11 +232,11 @@ def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[s
 
 def to_device(batch: Tensor | list | dict, device: torch.device) -> Tensor | list | dict:
     """The tensors of a batch, also in lists and dictionaries, on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+    if isinstance(batch, list):
+        return [to_device(value, device) for value in batch]
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
-    return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
+    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
 # ------------------------------------------------------------------------------------------------ resuming and logging
@@ -268,7 +266,7 @@ def restore_run(
         print(f"{path} is from {len(states)} processes, now {world}: same schedule and samples, dropout is reseeded")
     best = out / "best.pt"
     same_folder = path.resolve().parent == out.resolve()
-    return checkpoint["iteration"], read_checkpoint(best)["best"] if same_folder and best.is_file() else -1.0
+    return checkpoint["iteration"], read_checkpoint(best).get("best", -1.0) if same_folder and best.is_file() else -1.0
 
 
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
@@ -282,40 +280,43 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
     return states
 
 
-def start_log(out: Path, model: nn.Module, recipe: Recipe, device: torch.device, **extra) -> None:
+def start_log(out: Path, model: nn.Module, recipe: Recipe, device: torch.device, accumulate: int) -> None:
     """The first line of a run's log: what is needed to repeat it."""
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    record = {"command": shlex.join(sys.argv), "versions": versions, "device": str(device), **extra}
-    record |= {"processes": this_process()[1], "model": model.name, "settings": asdict(model.settings)}
-    write_log(out, record | {"class_names": model.class_names, "recipe": asdict(recipe)})
+    record = {"command": shlex.join(sys.argv), "versions": versions, "device": str(device)}
+    record |= {"processes": this_process()[1], "accumulate": accumulate, "model": model.name}
+    record |= {"settings": asdict(model.settings), "class_names": model.class_names, "recipe": asdict(recipe)}
+    write_log(out, record)
 
 
 def write_log(out: Path, record: dict) -> None:
-    """Append one line to log.jsonl."""
-    with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one line to log.jsonl, in the first process."""
+    if this_process()[0] == 0:
+        with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
+SETTABLE = {field.name: field.type for field in fields(Settings) if field.name not in ("prompting", "backbone")}
+
 
 def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: Recipe, out: str) -> None:
     """Options of model, recipe and run, which train.py and detect.py share; `recipe` holds the defaults."""
-    parser.set_defaults(schedule=recipe.schedule)
     d = "(default: %(default)s)"
     option = parser.add_argument_group("model").add_argument
     option("--model", default=next(iter(models)), choices=models, metavar="NAME", help=f"{', '.join(models)} {d}")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, default="post", help=f"where the text comes from; none: baseline {d}")
     option("--backbone", metavar="NAME", help="image encoder instead of CLIP's: resnet18, 50 or 101, swin_t, swin_s")
-    option("--backbone-weights", default="IMAGENET1K_V1", metavar="NAME", help=f"name, file or none {d}")
-    names = "see denseclip.Settings: " + ", ".join(field.name for field in fields(Settings)[1:])
+    option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
+    names = "see denseclip.Settings: " + ", ".join(SETTABLE)
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
     option = parser.add_argument_group("recipe").add_argument
-    option("--iterations", type=count, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
-    option("--batch-size", type=count, default=recipe.batch_size, help=f"images per iteration, over all processes {d}")
-    option("--lr", type=float, default=recipe.lr, help=f"peak learning rate {d}")
+    option("--iterations", type=positive, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
+    option("--batch-size", type=positive, default=recipe.batch_size, help=f"per iteration, over all processes {d}")
+    option("--lr", type=float, default=recipe.lr, help=f"peak rate {d}" if recipe.lr else "(the paper's)")
     option("--weight-decay", type=float, default=recipe.weight_decay, help=d)
     option("--backbone-lr-multiplier", type=float, default=recipe.backbone_lr_multiplier, metavar="X", help=d)
     option("--text-lr-multiplier", type=float, default=0.0, metavar="X", help="(default: 0, frozen)")
@@ -326,16 +327,16 @@ def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: 
     option = parser.add_argument_group("run").add_argument
     option("--out", type=Path, default=Path(out), metavar="DIR", help=d)
     option("--resume", nargs="?", const="", metavar="PATH", help="continue from last.pt in --out, or from PATH")
-    option("--accumulate", type=count, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
-    option("--eval-every", type=count, default=8_000, metavar="ITERATIONS", help=d)
-    option("--save-every", type=count, default=1_000, metavar="ITERATIONS", help=f"write last.pt {d}")
-    option("--log-every", type=count, default=50, metavar="ITERATIONS", help=d)
+    option("--accumulate", type=positive, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
+    option("--eval-every", type=positive, default=8_000, metavar="ITERATIONS", help=d)
+    option("--save-every", type=positive, default=1_000, metavar="ITERATIONS", help=f"write last.pt {d}")
+    option("--log-every", type=positive, default=50, metavar="ITERATIONS", help=d)
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help=f"loader processes per process {d}")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
 
 
-def count(text: str) -> int:
-    """argparse's type for whole numbers from 1."""
+def positive(text: str) -> int:
+    """A type for argparse: whole numbers from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
@@ -351,26 +352,29 @@ def find_run(out: Path, resume: str | None) -> Path | None:
     return path
 
 
-def initial_weights(preset: Preset, clip: str | None, prompting: str, backbone: str | None, weights: str) -> tuple:
-    """The weights that a run begins with, (CLIP's, the backbone's): names, files, or None for random or unused ones."""
-    if clip is None:
-        clip = next((name for name, architecture in ARCHITECTURES.items() if architecture == preset.architecture), None)
-    unused = backbone and prompting == "none"  # neither of CLIP's encoders is part of the model
-    return None if clip == "none" or unused else clip, None if weights == "none" or not backbone else weights
+def initial_weights(preset: Preset, clip: str | None, backbone: str | None, weights: str | None, plain: bool) -> dict:
+    """The weights that a run begins with: names or files, None for random or unused ones. plain: without language."""
+    if weights not in (None, "none") and not backbone:
+        raise ValueError(f"--backbone-weights {weights} has no effect without --backbone")
+    clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
+    if clip == "none" or backbone and plain:  # the latter has neither of CLIP's encoders
+        clip = None
+    weights = weights or ("IMAGENET1K_V1" if backbone else None)
+    return {"clip": clip, "backbone_weights": None if weights == "none" else weights}
 
 
 def parse_settings(pairs: list[str]) -> dict:
     """["gamma=1.0", "learn_gamma=false"] -> {"gamma": 1.0, "learn_gamma": False}, with the types of `Settings`."""
-    types, settings = {f.name: f.type for f in fields(Settings) if f.name not in ("prompting", "backbone")}, {}
+    settings = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
-        if name not in types:
-            raise ValueError(f"--set {pair}: no setting named {name!r}; choose from {', '.join(types)}")
+        if (kind := SETTABLE.get(name)) is None:
+            raise ValueError(f"--set {pair}: no setting named {name!r}; choose from {', '.join(SETTABLE)}")
         with contextlib.suppress(ValueError):
             text = json.loads(text)
-        value = float(text) if type(text) is int and isinstance(0.0, types[name]) else text
-        if not isinstance(value, types[name]) or isinstance(value, bool) != (types[name] == bool | None):
-            raise ValueError(f"--set {pair}: {name} is {str(types[name]).removesuffix(' | None')}")
+        value = float(text) if type(text) is int and isinstance(0.0, kind) else text
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind == bool | None):
+            raise ValueError(f"--set {pair}: {name} is {str(kind).removesuffix(' | None')}")
         settings[name] = value
     return settings
 
@@ -387,9 +391,8 @@ def main() -> None:
     option("--ignore-index", type=int, default=IGNORE_INDEX, metavar="VALUE", help="mask value to ignore, besides 255")
     zero = "mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)"
     option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
-    option("--crop-size", type=count, metavar="PIXELS", help="training crop and test window (default: the model's)")
     short = "fit images in (2048, this), in training times U(0.5, 2) (default: the crop size)"
-    option("--short-side", type=count, metavar="PIXELS", help=short)
+    option("--short-side", type=positive, metavar="PIXELS", help=short)
     args = parser.parse_args()
     if args.train and not args.val:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
@@ -405,34 +408,32 @@ def main() -> None:
         raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, a file with one per line")
     class_names, _ = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
-    names = (args.clip, args.prompting, args.backbone, args.backbone_weights)
-    args.clip, args.backbone_weights = initial_weights(PRESETS[args.model], *names)
-    settings = {"prompting": args.prompting, "backbone": args.backbone, "crop_size": args.crop_size}
-    if rank == 0 and not resume:  # one process reads weights, the others get them from it; a resumed run has its own
-        settings |= {"clip": args.clip, "backbone_weights": args.backbone_weights}
-    model = build_model(args.model, class_names, **settings | parse_settings(args.set))
+    plain = args.prompting == "none"
+    weights = initial_weights(PRESETS[args.model], args.clip, args.backbone, args.backbone_weights, plain)
+    options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
+    if rank == 0 and not resume:  # one process reads weights, the others get its parameters; a resumed run has its own
+        options |= weights
+    model = build_model(args.model, class_names, **options)
 
-    args.short_side = args.short_side or model.crop_size
-    if args.reduce_zero_label is None:
-        args.reduce_zero_label = is_ade20k(train_masks)
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
-    labels = (recipe.ignore_index, recipe.reduce_zero_label)
+    reduce_zero_label = is_ade20k(train_masks) if args.reduce_zero_label is None else args.reduce_zero_label
+    known = {"short_side": args.short_side or model.crop_size, "reduce_zero_label": reduce_zero_label, **weights}
+    recipe = replace(Recipe(), **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
+    labels = {"ignore_index": recipe.ignore_index, "reduce_zero_label": recipe.reduce_zero_label}
     transform = TrainTransform(model.crop_size, (2048, recipe.short_side))
-    train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, *labels)
-    val_set = SegmentationDataset(val_images, val_masks, len(class_names), EvalTransform(), *labels)
+    train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, **labels)
+    val_set = SegmentationDataset(val_images, val_masks, len(class_names), **labels)
     val_set[0]  # finds a wrong set now, not at the first evaluation
 
     if rank == 0:
-        data = {"train": [str(train_images), str(train_masks)], "val": [str(val_images), str(val_masks)]}
-        start_log(args.out, model, recipe, device, accumulate=args.accumulate, **data)
         sizes = f"{len(train_set)} training and {len(val_set)} validation images"
         print(f"{model.name}, {len(class_names)} classes, {sizes}, {world} x {device}")
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
         if recipe.reduce_zero_label:
             print("mask value 0 is ignored and 1 is the first class; --no-reduce-zero-label if your classes start at 0")
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
-    score = partial(evaluate, dataset=val_set, device=device, short_side=recipe.short_side, workers=args.workers)
-    metrics = train(model, train_set, recipe, args.out, device, evaluate_model=score, resume=resume, **loop)
+    options = {"device": device, "short_side": recipe.short_side, "workers": args.workers}
+    evaluate_model = partial(evaluate, dataset=val_set, **options)
+    metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, resume=resume, **loop)
     if rank == 0:
         print(format_table(metrics, class_names))
         print(f"weights: {args.out / 'best.pt'} (best mIoU), {args.out / 'last.pt'}; log: {args.out / 'log.jsonl'}")

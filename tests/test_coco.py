@@ -88,7 +88,7 @@ def perfect_detections(dataset, keep=lambda annotation: True):
 
 
 def score(dataset, detections, **options):
-    return evaluate_detection(Oracle(detections), dataset, "cpu", progress=False, **options)
+    return evaluate_detection(Oracle(detections), dataset, "cpu", **options)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -383,7 +383,7 @@ def test_one_image_can_be_learned(name, iterations, tmp_path):
     torch.manual_seed(0)
     dataset = open_set(tmp_path, draw(tmp_path, [(128, 96)]), (128, 96), load_masks="mask" in name, train=True)
     model = build_model(name, dataset.class_names)
-    assert evaluate_detection(model, dataset, "cpu", progress=False)["box_ap"] < 10
+    assert evaluate_detection(model, dataset, "cpu")["box_ap"] < 10
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     images, targets, _ = dataset.collate([dataset[0]])
     model.train()
@@ -394,7 +394,7 @@ def test_one_image_can_be_learned(name, iterations, tmp_path):
         sum(model(images, targets).values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    metrics = evaluate_detection(model, dataset, "cpu", progress=False)
+    metrics = evaluate_detection(model, dataset, "cpu")
     assert model.training and metrics["box_ap"] > 90
     if "mask" in name:
         assert metrics["mask_ap"] > 90

@@ -20,10 +20,10 @@ from PIL import Image
 import data
 from clip_model import IGNORE_INDEX
 from data import (
-    EvalTransform,
     IterationSampler,
     SegmentationDataset,
     TrainTransform,
+    eval_transform,
     find_split,
     is_ade20k,
     photometric_distortion,
@@ -117,7 +117,7 @@ def test_dataset_keeps_image_and_label_aligned(tmp_path):
 
 def test_eval_transform():
     image, label = coordinates(100, 120)
-    normalized, same = EvalTransform()(image, label)
+    normalized, same = eval_transform(image, label)
     assert torch.allclose(normalized, (image / 255 - MEAN) / STD, atol=1e-6) and torch.equal(same, label.long())
 
     resized = resize_to_fit(normalized, (300, 50))

@@ -177,12 +177,12 @@ def test_bad_class_names(names):
 
 
 def test_a_wrong_setting_raises():
-    with pytest.raises(ValueError, match="no segmentation model named 'rn51': choose one of rn50, "):
+    with pytest.raises(ValueError, match="no segmentation model named 'rn51' .* choose one of rn50, "):
         build_model("rn51", NAMES)
     with pytest.raises(TypeError, match="gama"):
         build_model("tiny", NAMES, gama=1.0)
     for setting in ({"decoder_layers": 0}, {"num_contexts": -1}, {"crop_size": 16}):
-        with pytest.raises(ValueError, match="it must be at least"):
+        with pytest.raises(ValueError, match="it must be from"):
             build_model("tiny", NAMES, **setting)
 
 

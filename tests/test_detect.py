@@ -14,7 +14,7 @@ from denseclip import build_model, read_checkpoint, save_checkpoint
 
 
 def make_set(root, split, count, seed):
-    """Discs and squares of one colour each, with boxes and polygons, in COCO's format."""
+    """Discs and squares of one color each, with boxes and polygons, in COCO's format."""
     random = np.random.default_rng(seed)
     (root / "images" / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)

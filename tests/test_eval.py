@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import eval as evaluation
-from data import EvalTransform, SegmentationDataset
+from data import SegmentationDataset
 from denseclip import build_model, load_checkpoint, save_checkpoint
 from eval import ConfusionMatrix, evaluate, predict_probabilities, sliding_window, window_starts
 
@@ -63,7 +63,7 @@ def folders(tmp_path):
 
 def test_scores_equal_a_plain_count():
     random = np.random.default_rng(1)
-    label = random.integers(0, 4, (3, 20, 30))  # class 4 is predicted but nowhere labelled, class 5 is neither
+    label = random.integers(0, 4, (3, 20, 30))  # class 4 is predicted but nowhere labeled, class 5 is neither
     prediction = np.where(random.random(label.shape) < 0.6, label, random.integers(0, 5, label.shape))
     label[random.random(label.shape) < 0.2] = 255
     prediction[:, :3] = 5
@@ -91,7 +91,7 @@ def test_scores_equal_a_plain_count():
     assert evaluation.to_json(scores)["iou"][5] is None
 
 
-def test_nothing_labelled_is_an_error():
+def test_nothing_labeled_is_an_error():
     matrix = ConfusionMatrix(2)
     matrix.update(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), 255))
     with pytest.raises(ValueError, match="ignored"):
@@ -173,7 +173,7 @@ def test_images_are_resized_to_fit_both_limits():
 
 
 def test_evaluate_scores_every_image_once_and_leaves_no_trace(folders):
-    model, dataset = Toy().train(), SegmentationDataset(*folders, len(NAMES), EvalTransform())
+    model, dataset = Toy().train(), SegmentationDataset(*folders, len(NAMES))
     matrix = ConfusionMatrix(len(NAMES))
     for image, label, _ in dataset:
         matrix.update(predict_probabilities(model, image, label.shape, limits=(2048, 32)).argmax(0), label)
@@ -195,7 +195,7 @@ def test_saved_masks_hold_the_data_sets_own_values(folders, tmp_path, reduce_zer
     for path in Path(masks).iterdir():
         mask = np.array(Image.open(path))
         Image.fromarray(np.where(mask == 255, 3, mask) + np.uint8(reduce_zero_label)).save(path)
-    dataset = SegmentationDataset(images, masks, len(NAMES), EvalTransform(), reduce_zero_label=reduce_zero_label)
+    dataset = SegmentationDataset(images, masks, len(NAMES), reduce_zero_label=reduce_zero_label)
     dataset.pairs = dataset.pairs[:1]
     model = Perfect(crop_size=10_000)
     model.label = dataset[0][1]
@@ -241,7 +241,7 @@ def test_two_processes_score_what_one_does(folders, checkpoint, tmp_path):
     assert done.stdout.count("pixel accuracy") == 1
     assert len(list((tmp_path / "saved").iterdir())) == 7  # an odd number: one process has more than the other
     two = json.loads((tmp_path / "two.json").read_text())
-    dataset = SegmentationDataset(*folders, len(NAMES), EvalTransform())
+    dataset = SegmentationDataset(*folders, len(NAMES))
     one = evaluate(load_checkpoint(checkpoint), dataset, "cpu", short_side=64)
     assert two == {"images": 7, "class_names": NAMES, **evaluation.to_json(one)}
 
@@ -281,6 +281,15 @@ def test_conventions_of_the_training_data_are_the_checkpoints(folders, tmp_path,
     run_settings = {"short_side": 64, "ignore_index": 9, "reduce_zero_label": True}
     save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), run=run_settings)
     options = ["--checkpoint", tmp_path / "best.pt", "--val", *folders, "--workers", 0, "--device", "cpu"]
-    run(evaluation, monkeypatch, *options)
-    assert "on 7 images" in capsys.readouterr().out
+    run(evaluation, monkeypatch, *options, "--json", tmp_path / "new" / "scores.json")
+    assert "on 7 images" in capsys.readouterr().out and (tmp_path / "new" / "scores.json").is_file()
     assert "value 9" in error_line(evaluation, capsys, monkeypatch, *options, "--ignore-index", 255)
+
+    # A checkpoint that was not made by training knows nothing of masks: then ADE20K's layout decides.
+    save_checkpoint(tmp_path / "bare.pt", build_model("tiny", NAMES))
+    Path(masks).rename(tmp_path / "validation")
+    (tmp_path / "annotations").mkdir()
+    ade20k = (tmp_path / "validation").rename(tmp_path / "annotations" / "validation")
+    bare = ["--checkpoint", tmp_path / "bare.pt", "--val", images, ade20k, "--ignore-index", 9, *options[5:]]
+    run(evaluation, monkeypatch, *bare)
+    assert "value 4 is no class" in error_line(evaluation, capsys, monkeypatch, *bare, "--no-reduce-zero-label")

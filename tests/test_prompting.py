@@ -53,7 +53,18 @@ def run_train(monkeypatch, data, out, *options):
         return loop(model, *args, **kwargs)
 
     monkeypatch.setattr(train, "train", keep)
-    fixed = ["--clip", "none", "--backbone-weights", "none", "--crop-size", 64, "--iterations", 3, "--batch-size", 2]
+    fixed = [
+        "--clip",
+        "none",
+        "--backbone-weights",
+        "none",
+        "--set",
+        "crop_size=64",
+        "--iterations",
+        3,
+        "--batch-size",
+        2,
+    ]
     fixed += ["--lr", 3e-4, "--warmup", 1, "--log-every", 3, "--workers", 0, "--device", "cpu", "--out", out]
     run(train, monkeypatch, *data, *fixed, *options)
     ((before, model),) = runs

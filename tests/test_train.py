@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import NAMES, error_line, make_folders, run
 from PIL import Image
 
 import train as training
-from data import EvalTransform, IterationSampler, SegmentationDataset, TrainTransform, read_classes
+from data import IterationSampler, SegmentationDataset, TrainTransform, read_classes
 from denseclip import build_model, load_checkpoint, read_checkpoint
 from eval import evaluate
 from train import Recipe, learning_rate, parameter_groups, train
@@ -37,19 +38,32 @@ def small_run(folders, out, recipe=SMALL, model=None, **options):
     torch.manual_seed(recipe.seed)
     model = model or build_model("tiny", NAMES, crop_size=64)
     train_set = SegmentationDataset(*folders["train"], len(NAMES), TrainTransform(64, (2048, recipe.short_side)))
-    val_set = SegmentationDataset(*folders["val"], len(NAMES), EvalTransform())
+    val_set = SegmentationDataset(*folders["val"], len(NAMES))
     out.mkdir(exist_ok=True)
     options = {"workers": 0, "eval_every": 1_000, "log_every": 2, **options}
 
     def score(model):
         return evaluate(model, val_set, "cpu", short_side=recipe.short_side)
 
-    return train(model, train_set, recipe, out, torch.device("cpu"), evaluate_model=score, **options)
+    return train(model, train_set, recipe, out, torch.device("cpu"), **{"evaluate_model": score, **options})
 
 
 def arguments(folders, out, *more):
     data = ["--train", *folders["train"], "--val", *folders["val"], "--classes", folders["classes"]]
-    size = ["--model", "tiny", "--crop-size", 64, "--iterations", 4, "--batch-size", 4, "--lr", 1e-3, "--warmup", 2]
+    size = [
+        "--model",
+        "tiny",
+        "--set",
+        "crop_size=64",
+        "--iterations",
+        4,
+        "--batch-size",
+        4,
+        "--lr",
+        1e-3,
+        "--warmup",
+        2,
+    ]
     loop = ["--log-every", 2, "--eval-every", 2, "--workers", 0, "--device", "cpu", "--out", out]
     return [str(argument) for argument in (*data, *size, *loop, *more)]
 
@@ -248,12 +262,38 @@ def test_two_processes_see_the_batch_of_one(folders, tmp_path):
         assert {next(whole) for _ in range(4)} == {next(rank) for rank in ranks for _ in range(2)}
 
 
+def log_in_process(rank, folder, folders):
+    """Train with learning rate 0 in one of two processes, keeping this process's losses."""
+    torch.set_num_threads(1)  # a forked process must not use its parent's threads
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, losses = build_model("tiny", NAMES, crop_size=64), []
+    model.register_forward_hook(lambda _, __, output: losses.append(sum(output.values()).item()))
+    recipe = Recipe(iterations=2, batch_size=4, lr=0.0, short_side=64)
+    small_run(folders, folder / "out", recipe, model, evaluate_model=lambda model: {"miou": 0.0})
+    (folder / f"{rank}.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_logged_losses_are_means_over_processes(folders, tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=log_in_process, args=(rank, tmp_path, folders)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    record = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[1])
+    assert first != second and record["total"] == pytest.approx(sum(first + second) / 4, rel=1e-5)
+
+
 def test_bf16_trains(folders, tmp_path):
     small_run(folders, tmp_path, Recipe(iterations=2, batch_size=2, warmup=0, precision="bf16", short_side=64))
     assert all(p.dtype == torch.float32 for p in load_checkpoint(tmp_path / "last.pt").parameters())
 
 
-def test_a_small_set_is_learnt(folders, tmp_path):
+def test_a_small_set_is_learned(folders, tmp_path):
     recipe = Recipe(iterations=60, batch_size=4, lr=2e-3, backbone_lr_multiplier=1.0, warmup=5, short_side=64)
     assert small_run(folders, tmp_path, recipe)["miou"] > 60
 
@@ -279,13 +319,13 @@ def test_non_finite_loss_stops_and_names_the_files(folders, tmp_path, capsys, mo
 def test_resume_refuses_another_run(folders, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     run(training, monkeypatch, *arguments(folders, out))
-    before = (out / "last.pt").read_bytes()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "other.txt").write_text("wall\nsky\nbush\ntraffic light\n")
     for options, words in [
         (["--iterations", "8"], ["iterations 4 there, 8 here"]),
         (["--lr", "1e-2", "--batch-size", "2"], ["lr 0.001 there, 0.01 here", "batch_size 4 there, 2 here"]),
         (["--model", "tiny_vit"], ["model 'tiny' there, 'tiny_vit' here"]),
-        (["--crop-size", "96"], ["crop_size 64 there, 96 here"]),
+        (["--set", "crop_size=96"], ["crop_size 64 there, 96 here"]),
         (["--classes", str(tmp_path / "other.txt")], ["classes", "'tree'", "'bush'"]),
         (["--train", *folders["val"]], ["images 7 there, 2 here"]),
     ]:
@@ -296,7 +336,7 @@ def test_resume_refuses_another_run(folders, tmp_path, capsys, monkeypatch):
     )
     assert "already holds a run" in error_line(training, capsys, monkeypatch, *arguments(folders, out))
     assert "last.pt" in error_line(training, capsys, monkeypatch, *arguments(folders, tmp_path / "new", "--resume"))
-    assert (out / "last.pt").read_bytes() == before and not (tmp_path / "new").exists()
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()} and not (tmp_path / "new").exists()
 
 
 def test_mistakes_end_in_one_line_and_status_2(folders, tmp_path, capsys, monkeypatch):
@@ -319,13 +359,18 @@ def test_mistakes_end_in_one_line_and_status_2(folders, tmp_path, capsys, monkey
         (["--classes", "cityskapes"], ["cityskapes", "cityscapes"]),
         (["--clip", tmp_path / "weights.pt"], ["weights.pt"]),
         (["--accumulate", 3], ["--batch-size 4", "--accumulate 3"]),
+        (["--backbone-weights", "resnet.pth"], ["--backbone-weights resnet.pth has no effect without --backbone"]),
+        (["--set", "tau=0"], ["tau is 0.0, it must be from"]),
+        (["--set", "backbone=swin_t"], ["no setting named 'backbone'"]),
         (["--prompting", "none", "--set", "gamma=1"], ["gamma=1.0 would have no effect", "post-model prompting"]),
         (["--device", "cuda:7"], ["cuda:7"]),
     ]:
         if options[0] == "--device" and torch.cuda.is_available():
             continue
-        error = error_line(training, capsys, monkeypatch, *arguments(folders, tmp_path / "run", *options))
+        error = error_line(training, capsys, monkeypatch, *arguments(folders, tmp_path / options[0], *options))
         assert all(word in error for word in words), error
+        if options[0] not in ("--train", "--classes"):  # those are found while training
+            assert not (tmp_path / options[0]).exists()
     monkeypatch.chdir(tmp_path)
     assert "python data.py" in error_line(
         training, capsys, monkeypatch, "--device", "cpu", "--clip", "none", "--model", "tiny"
