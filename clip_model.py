@@ -304,7 +304,7 @@ class VisionTransformer(nn.Module):
         pyramid = [outputs[i][:, 1:].transpose(1, 2).unflatten(2, size) for i in self.blocks]  # four (B, D, h, w)
         if self.proj is None:
             return pyramid, None, None
-        z = self.ln_post(outputs[-1]) @ self.proj  # (B, 1 + hw, C)
+        z = self.ln_post(outputs[-1]) @ self.proj  # Eq. (1) of DenseCLIP: [z_bar, z], (B, 1 + hw, C)
         return pyramid, z[:, 0], z[:, 1:].transpose(1, 2).unflatten(2, size)  # ..., (B, C), (B, C, h, w)
 
 

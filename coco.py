@@ -47,7 +47,7 @@ def find_coco(root: str | Path, split: str) -> tuple[Path, Path]:
                 return images, annotations
     raise FileNotFoundError(
         f"{root}: expected {split}2017 and annotations/instances_{split}2017.json (COCO), or images/{split} and "
-        f"annotations/instances_{split}.json; or give --{split} IMAGES ANNOTATIONS"
+        f"annotations/instances_{split}.json; or give --{split} IMAGES JSON"
     )
 
 

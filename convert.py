@@ -66,7 +66,7 @@ def convert(
     state_dict = checkpoint["state_dict"]
     task = next((task for task, (key, _) in CLASSIFIERS.items() if key in state_dict), None)
     if task is None:
-        raise ValueError(f"{source}: none of {', '.join(key for key, _ in CLASSIFIERS.values())} is in it")
+        raise ValueError(f"{source}: contains none of {', '.join(key for key, _ in CLASSIFIERS.values())}")
     name, settings = read_model(state_dict, task, source)
 
     classifier, outputs = CLASSIFIERS[task]

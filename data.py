@@ -154,7 +154,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         images, masks = files_by_stem(image_dir, IMAGE_SUFFIXES), files_by_stem(mask_dir, MASK_SUFFIXES)
         for files, others, kind, folder in ((images, masks, "mask", mask_dir), (masks, images, "image", image_dir)):
             if alone := [path for stem, path in files.items() if stem not in others]:
-                raise ValueError(f"{alone[0]}: no {kind} of this name in {folder} ({len(alone)} in all); add or remove")
+                raise ValueError(f"{alone[0]}: no {kind} of this name in {folder} ({len(alone)} missing)")
         self.pairs = [(path, masks[stem]) for stem, path in images.items()]
         self.num_classes, self.transform = num_classes, transform or eval_transform
         self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
@@ -192,7 +192,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if wrong.any():
             values, last = ", ".join(map(str, np.unique(mask[wrong])[:8])), self.num_classes - 1 + first
             how = "--ignore-index ignores another value, --reduce-zero-label ignores 0 and makes 1 the first class"
-            what = f"value {values} is no class; the classes are {first} to {last}, 255 is ignored"
+            what = f"value {values} is not a class; the classes are {first} to {last}, 255 is ignored"
             raise ValueError(f"{path}: {what}; {how}")
         return torch.from_numpy(label.astype(np.uint8))
 

@@ -107,14 +107,14 @@ class LanguageGuidedEncoder(nn.Module):
         image_tokens = visual_embeddings.flatten(2).transpose(1, 2)  # (B, H4 W4, C)
         memory = torch.cat([global_embedding[:, None], image_tokens], dim=1)  # (B, 1 + H4 W4, C)
 
-        # Eq. (3): t = TextEncoder([p, e_k])
+        # Eq. (3), with contexts from Eq. (4) in pre-model prompting: t = TextEncoder([p, e_k])
         text_embeddings = self.embed_class_names(memory)  # (B, K, C)
 
         # Eq. (5): v = TransDecoder(t, [z_bar, z]);  Eq. (6): t <- t + gamma v
         if self.context_decoder is not None:
             text_embeddings = text_embeddings + self.gamma * self.context_decoder(text_embeddings, memory)  # (B, K, C)
 
-        # Eq. (2): s = z_hat t_hat^T, then x4' = [x4, s]
+        # Eq. (2), with the refined text: s = z_hat t_hat^T, then x4' = [x4, s]
         score_map = pixel_text_scores(visual_embeddings, text_embeddings)  # (B, K, H4, W4)
         if self.join_score_map:
             level = self.backbone.score_level
@@ -394,13 +394,13 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
     for name, choices in {"prompting": PROMPTING, "head": HEADS}.items():
         if getattr(s, name) not in choices and (name, getattr(s, name)) != ("head", None):
             raise ValueError(f"no {name} named {getattr(s, name)!r}: choose one of {', '.join(choices)}")
-    contexts, refined = PROMPTING[s.prompting]
-    language, decoder = contexts is not None, refined or contexts == "image"
+    source, refined = PROMPTING[s.prompting]
+    language, decoder = source is not None, refined or source == "image"
     vit = s.backbone is None and preset.architecture.patch_size > 0
     tau = language and (s.aux_weight != 0 or preset.detection and s.join_score_map is not False)
     rules = {  # name: (default, whether it has an effect, what it needs)
-        "num_contexts": (8, contexts in ("learned", "image"), "learned contexts"),
-        "decoder_layers": (6 if contexts == "image" else 3, decoder, "a context decoder"),
+        "num_contexts": (8, source in ("learned", "image"), "learned contexts"),
+        "decoder_layers": (6 if source == "image" else 3, decoder, "a context decoder"),
         "gamma": (1e-4, refined, "post-model prompting"),
         "learn_gamma": (True, refined, "post-model prompting"),
         "join_score_map": (True, language, "a score map"),
@@ -466,9 +466,9 @@ def build_encoder(
         raise ValueError(f"backbone_weights={backbone_weights} would have no effect: they belong to a backbone by name")
     name = type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone
     s = resolve(Settings(backbone=name, **settings), preset)
-    a, (contexts, refined) = preset.architecture, PROMPTING[s.prompting]
+    a, (source, refined) = preset.architecture, PROMPTING[s.prompting]
 
-    embed_dim = a.embed_dim if contexts else 0  # 0: no projection to the text's space
+    embed_dim = a.embed_dim if source else 0  # 0: no projection to the text's space
     if isinstance(backbone, nn.Module):
         image_encoder = backbone
     elif backbone is not None:
@@ -481,7 +481,7 @@ def build_encoder(
     else:
         image_encoder = ResNet(a.layers, a.width, embed_dim, s.crop_size, crop_positions=preset.detection)
 
-    if contexts is None:
+    if source is None:
         encoder = PlainEncoder(image_encoder, class_names)
     else:
         sizes = {"width": preset.decoder_width, "layers": s.decoder_layers}
@@ -489,14 +489,14 @@ def build_encoder(
             image_encoder,
             TextEncoder(a.embed_dim, a.text_width, a.text_layers, s.context_length, a.vocab_size, s.quick_gelu),
             class_names,
-            prompt_decoder=ContextDecoder(a.embed_dim, a.text_width, **sizes) if contexts == "image" else None,
+            prompt_decoder=ContextDecoder(a.embed_dim, a.text_width, **sizes) if source == "image" else None,
             context_decoder=ContextDecoder(a.embed_dim, **sizes) if refined else None,
             num_contexts=s.num_contexts or 0,
             gamma=s.gamma,
             learn_gamma=s.learn_gamma,
             join_score_map=s.join_score_map,
             score_temperature=s.tau if preset.detection else 1.0,
-            template="a photo of a {}." if contexts == "template" else "{}",
+            template="a photo of a {}." if source == "template" else "{}",
         )
     if clip is not None:
         load_clip_weights(encoder, a, clip)
@@ -578,9 +578,7 @@ def read_tensors(path: str | Path) -> object:
     except Exception as error:  # torch's messages run over many lines and do not name the file
         reason = f"not a readable checkpoint, perhaps cut short ({str(error).strip().partition(chr(10))[0]})"
         if isinstance(error, pickle.UnpicklingError):
-            reason = (
-                "no checkpoint, or one with more than tensors and built-in types. If it is the authors' and you trust "
-            )
+            reason = "not a checkpoint, or one with more than tensors and built-in types. If it is the authors' and you trust "
             reason += f"it: python convert.py {path} OURS.pt --unsafe runs whatever code it holds"
         raise ValueError(f"{path}: {reason}") from None
 

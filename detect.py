@@ -29,11 +29,16 @@ from train import Recipe, add_options, find_run, initial_weights, parse_settings
 RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1, short_side=800)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
-    parser.add_argument("--val", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
-    short = "fit images in (5/3 of this, this) (default: 800; eval: as in training)"
-    parser.add_argument("--short-side", type=positive, metavar="PIXELS", help=short)
+def add_data_options(parser: argparse.ArgumentParser, training: bool) -> None:
+    option = parser.add_argument_group("data").add_argument
+    option("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
+    if training:
+        option("--train", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
+    option("--val", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
+    default = "800" if training else "as in training"
+    option(
+        "--short-side", type=positive, metavar="PIXELS", help=f"fit images in (5/3 of this, this) (default: {default})"
+    )
 
 
 def train_detector(args: argparse.Namespace) -> None:
@@ -100,18 +105,16 @@ def main() -> None:
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__}
     parser = argparse.ArgumentParser("detect.py", "python detect.py train|eval [options]", **raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval")
-    training = commands.add_parser("train", usage="python detect.py train [options]", **raw)
+    training = commands.add_parser("train", prog="detect.py train", usage="python detect.py train [options]", **raw)
     add_options(training, PRESETS, RECIPE, "runs/detector")
     training.set_defaults(run=train_detector)
-    option = training.add_argument_group("data").add_argument
-    option("--train", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
-    add_data_options(training)
+    add_data_options(training, training=True)
 
-    scoring = commands.add_parser("eval", usage="python detect.py eval [options]", **raw)
+    scoring = commands.add_parser("eval", prog="detect.py eval", usage="python detect.py eval [options]", **raw)
     scoring.set_defaults(run=score_detector)
     option = scoring.add_argument
     option("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of training, or made by convert.py")
-    add_data_options(scoring)
+    add_data_options(scoring, training=False)
     option("--save-results", type=Path, metavar="FILE", help="write the detections there, in COCO's JSON format")
     option("--json", type=Path, metavar="FILE", help="write the scores there")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")

@@ -178,7 +178,7 @@ def evaluate(
     model.eval()
     # With its own generator, the loader does not draw from the random state of training.
     options = {"sampler": range(rank, len(dataset), world), "num_workers": workers, "generator": torch.Generator()}
-    loader = DataLoader(dataset, batch_size=None, **options)
+    loader = DataLoader(dataset, batch_size=None, **options)  # one image at a time
     for image, label, path in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):
         image, label = image.to(device), label.to(device)  # (3, h, w), (H, W)
         prediction = predict_probabilities(model, image, label.shape[-2:], limits, **protocol).argmax(0)  # (H, W)
@@ -224,8 +224,8 @@ def this_process() -> tuple[int, int]:
 def check_classes(checkpoint: str | Path, names: list[str], listed_in: str, listed: list[str]) -> None:
     """A ValueError unless the class list that the user gave is the checkpoint's."""
     if names != listed:
-        pairs = enumerate(zip(names, listed, strict=False), 1)
-        first = next((f" (number {i} is {a!r} and {b!r})" for i, (a, b) in pairs if a != b), "")
+        pairs = zip(names, listed, strict=False)
+        first = next((f" (the first difference: {a!r} and {b!r})" for a, b in pairs if a != b), "")
         counts = f"{checkpoint} has {len(names)} classes and {listed_in} has {len(listed)}"
         raise ValueError(f"{counts}, which differ{first}; give the list it was trained with, or none")
 

@@ -138,7 +138,7 @@ def train(
     run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
     start, best = restore_run(resume, out, model, optimizer, run, device) if resume else (0, -1.0)
     start_log(out, model, recipe, device, accumulate)
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model  # what is called
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     # samples: order and augmentation depend on the seed and the number drawn before, so a resumed run sees the rest
@@ -167,7 +167,7 @@ def train(
             metrics = evaluate_model(model)
             write_log(out, {"iteration": iteration, **to_json(metrics)})
             if rank == 0:
-                tqdm.write(f"iteration {iteration} | {score} {metrics[score]:.4g} | best before {max(best, 0):.4g}")
+                tqdm.write(f"iteration {iteration} | {score} {metrics[score]:.4g} | previous best {max(best, 0):.4g}")
                 if metrics[score] > best:
                     best = metrics[score]
                     save_checkpoint(out / "best.pt", model, iteration=iteration, run=run, best=best)

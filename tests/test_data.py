@@ -270,13 +270,15 @@ def test_mask_types(mode, tmp_path):
 @pytest.mark.parametrize("reduce, values, classes", [(False, "150, 200", "0 to 149"), (True, "200", "1 to 150")])
 def test_label_outside_the_list(reduce, values, classes, tmp_path):
     pairs = folders(tmp_path, np.array([[0, 150], [200, 255]], np.uint8))
-    with pytest.raises(ValueError, match=f"one.png: value {values} is no class; .* {classes}, .*--reduce-zero-label"):
+    with pytest.raises(
+        ValueError, match=f"one.png: value {values} is not a class; .* {classes}, .*--reduce-zero-label"
+    ):
         SegmentationDataset(*pairs, 150, keep, reduce_zero_label=reduce)[0]
 
 
 def test_16_bit_label_outside_the_list(tmp_path):
     dataset = SegmentationDataset(*folders(tmp_path, np.array([[0, 256 + 3]], np.uint16)), 150, keep)
-    with pytest.raises(ValueError, match="value 259 is no class"):  # and does not wrap around to 3
+    with pytest.raises(ValueError, match="value 259 is not a class"):  # and does not wrap around to 3
         dataset[0]
 
 

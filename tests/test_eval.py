@@ -292,4 +292,4 @@ def test_conventions_of_the_training_data_are_the_checkpoints(folders, tmp_path,
     ade20k = (tmp_path / "validation").rename(tmp_path / "annotations" / "validation")
     bare = ["--checkpoint", tmp_path / "bare.pt", "--val", images, ade20k, "--ignore-index", 9, *options[5:]]
     run(evaluation, monkeypatch, *bare)
-    assert "value 4 is no class" in error_line(evaluation, capsys, monkeypatch, *bare, "--no-reduce-zero-label")
+    assert "value 4 is not a class" in error_line(evaluation, capsys, monkeypatch, *bare, "--no-reduce-zero-label")
