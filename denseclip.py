@@ -578,8 +578,10 @@ def read_tensors(path: str | Path) -> object:
     except Exception as error:  # torch's messages run over many lines and do not name the file
         reason = f"not a readable checkpoint, perhaps cut short ({str(error).strip().partition(chr(10))[0]})"
         if isinstance(error, pickle.UnpicklingError):
-            reason = "not a checkpoint, or one with more than tensors and built-in types. If it is the authors' and you trust "
-            reason += f"it: python convert.py {path} OURS.pt --unsafe runs whatever code it holds"
+            reason = (
+                "not a checkpoint, or one with more than tensors and built-in types; if it is the authors' and you "
+            )
+            reason += f"trust it, python convert.py {path} OURS.pt --unsafe runs whatever code it holds"
         raise ValueError(f"{path}: {reason}") from None
 
 

@@ -10,7 +10,6 @@ linear layer or the two products of an attention; and for each output value 2 fo
 any other norm, 4 for bilinear and 1 for nearest up-sampling. One image of 1024 x 1024 pixels, ADE20K's 150 classes.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,12 +142,10 @@ def format_row(row: Row, cost: Cost) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     class_names, text = read_classes("ade20k")[0], None
     for title, rows in TABLES.items():
-        print(
-            f"**{title}**\n\n| | mIoU (paper) | parameters, M | paper | multiply-adds, G | paper | notes |\n|{'---|' * 7}"
-        )
+        columns = ["", "mIoU (paper)", "parameters, M", "paper", "multiply-adds, G", "paper", "notes"]
+        print(f"**{title}**\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for row in rows:
             with torch.device("meta"):
                 model = build_model(class_names=class_names, **row.settings)
