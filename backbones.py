@@ -16,8 +16,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
-from clip_model import MEAN, STD, AttentionPool2d, load_weights, read_weights
+from clip_model import MEAN, STD, AttentionPool2d, VisionTransformer, load_weights, read_weights, resize_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,7 +43,8 @@ class AttentionPoolBackbone(nn.Module):
         self.attnpool = None
         if embed_dim:
             width, grid = self.channels[-1], max(1, input_resolution // stride)
-            self.attnpool = AttentionPool2d(grid, width, max(1, width // 64), embed_dim)
+            heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)  # of 64 channels, or more
+            self.attnpool = AttentionPool2d(grid, width, heads, embed_dim)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """images: (B, 3, H, W); return: the four maps, z_bar (B, C), z (B, C, H_4, W_4), both None without a pool."""
@@ -52,6 +54,59 @@ class AttentionPoolBackbone(nn.Module):
             name = type(self.module).__name__
             raise ValueError(f"{name}: expected feature maps of {self.channels} channels, got {channels}")
         return pyramid, *(self.attnpool(pyramid[-1]) if self.attnpool else (None, None))
+
+
+class FourScales:
+    """Resamples a ViT's four maps to strides P/4, P/2, P and 2P, for patches of P pixels."""
+
+    def make_scales(self, width: int) -> None:
+        def up() -> nn.Module:
+            return nn.ConvTranspose2d(width, width, 2, stride=2)
+
+        self.fpn1 = nn.Sequential(nn.GroupNorm(1, width), up(), nn.BatchNorm2d(width), nn.GELU(), up())
+        self.fpn2 = nn.Sequential(nn.GroupNorm(1, width), up())
+        self.fpn3 = nn.GroupNorm(1, width)
+        self.fpn4 = nn.Sequential(nn.GroupNorm(1, width), nn.MaxPool2d(2))
+
+    def rescale(self, maps: list[Tensor]) -> list[Tensor]:
+        """Four maps (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h / 2, w / 2)."""
+        return [scale(x) for scale, x in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), maps, strict=True)]
+
+
+class PyramidViT(VisionTransformer, FourScales):
+    """CLIP's ViT with its four maps resampled."""
+
+    def __init__(self, layers: int, width: int, *others):  # as VisionTransformer's
+        super().__init__(layers, width, *others)
+        self.make_scales(width)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        maps, global_embedding, visual_embeddings = super().forward(images)  # four (B, D, h, w), (B, C), (B, C, h, w)
+        return self.rescale(maps), global_embedding, visual_embeddings
+
+
+class ViTPyramid(nn.Module, FourScales):
+    """torchvision's ViT without its classifier: outputs of blocks 3, 5, 7 and 11 (from 0), resampled like CLIP's."""
+
+    channels = {"vit_b_16": [768] * 4}
+
+    def __init__(self, name: str, weights: str | None = None):
+        super().__init__()
+        net = load_torchvision(name, weights)
+        self.normalize, self.conv_proj, self.class_token = ImageNetNormalize(), net.conv_proj, net.class_token
+        self.pos_embedding, self.layers = net.encoder.pos_embedding, net.encoder.layers
+        self.make_scales(self.channels[name][0])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.conv_proj(self.normalize(images))  # (B, D, h, w)
+        size = x.shape[-2:]
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
+        x, maps = x + resize_positions(self.pos_embedding[0], tuple(size)), []  # (B, 1 + hw, D)
+        for i, layer in enumerate(self.layers):
+            x = layer(x)  # (B, 1 + hw, D)
+            if i in (3, 5, 7, 11):
+                maps.append(x[:, 1:].transpose(1, 2).unflatten(2, size))  # (B, D, h, w)
+        return self.rescale(maps)
 
 
 class ResNetPyramid(nn.Module):
@@ -82,15 +137,18 @@ class ResNetPyramid(nn.Module):
 class SwinPyramid(nn.Module):
     """torchvision's Swin without its classifier: four maps at strides 4, 8, 16, 32, each with a new LayerNorm.
 
-    These norms and the padding of images to full patches follow mmsegmentation's Swin; the drop path is torchvision's
-    (0.2 for Swin-T, 0.3 for Swin-S).
+    These norms and the padding of images to full patches follow mmsegmentation's Swin. drop_path grows linearly with
+    depth; Swin's authors use 0.3 for UperNet on Swin-T and Swin-S.
     """
 
     channels = {"swin_t": [96, 192, 384, 768], "swin_s": [96, 192, 384, 768]}
 
-    def __init__(self, name: str, weights: str | None = None):
+    def __init__(self, name: str, weights: str | None = None, drop_path: float = 0.3):
         super().__init__()
         features = load_torchvision(name, weights).features
+        paths = [module for module in features.modules() if isinstance(module, StochasticDepth)]
+        for i, path in enumerate(paths):
+            path.p = drop_path * i / (len(paths) - 1)
         self.normalize = ImageNetNormalize()
         # Each stage starts with the layer that sets its size: the patch embedding, or a patch merging.
         self.stages = nn.ModuleList(features[i : i + 2] for i in (0, 2, 4, 6))
@@ -118,25 +176,34 @@ class ImageNetNormalize(nn.Module):
         return images * self.scale + self.shift
 
 
-PYRAMIDS = {name: pyramid for pyramid in (ResNetPyramid, SwinPyramid) for name in pyramid.channels}
+PYRAMIDS = {name: pyramid for pyramid in (ResNetPyramid, SwinPyramid, ViTPyramid) for name in pyramid.channels}
 
 
-def build_backbone(name: str, weights: str | None = None, embed_dim: int = 0, input_resolution: int = 512) -> nn.Module:
-    """A torchvision network with `weights` (see `load_torchvision`) as an `AttentionPoolBackbone`."""
+def build_backbone(
+    name: str,
+    weights: str | None = None,
+    embed_dim: int = 0,
+    input_resolution: int = 512,
+    drop_path: float | None = None,
+) -> AttentionPoolBackbone:
+    """A torchvision network with `weights` (see `load_torchvision`) under an attention pool; drop_path: of Swin."""
     if name not in PYRAMIDS:
         raise ValueError(
             f"no backbone named {name!r}: expected one of {', '.join(PYRAMIDS)}; your own module is given as "
             'build_model(..., backbone=module), its weights as model.load_state_dict(read_checkpoint(path)["model"])'
         )
     pyramid = PYRAMIDS[name]
-    return AttentionPoolBackbone(pyramid(name, weights), pyramid.channels[name], embed_dim, input_resolution)
+    module = pyramid(name, weights) if drop_path is None else pyramid(name, weights, drop_path)
+    return AttentionPoolBackbone(module, pyramid.channels[name], embed_dim, input_resolution)
 
 
 def load_torchvision(name: str, weights: str | None = None) -> nn.Module:
-    """torchvision's network of this name without its classifier: ResNet's fc, Swin's norm and head.
+    """torchvision's network of this name without its classifier: ResNet's fc, Swin's norm and head, ViT's heads.
 
     weights: "IMAGENET1K_V1" (used in most papers), "DEFAULT" (torchvision's best) or another of torchvision's names,
-             downloaded once; or the path of a state dict with torchvision's parameter names; None: random
+             downloaded once; or the path of a state dict with torchvision's parameter names, alone or as in the files
+             of MoCo, DenseCL and others, under "state_dict" or "model" and "module.", "encoder_q." or "backbone.";
+             None: random
     """
     named = torchvision.models.get_model_weights(name).__members__
     if weights and weights not in named and not Path(weights).is_file():
@@ -147,10 +214,13 @@ def load_torchvision(name: str, weights: str | None = None) -> nn.Module:
         raise ValueError(
             f"{named[weights].value.url}: {error}; run again, or fetch it by hand and give its path"
         ) from None
-    classifier = [part for part in ("fc", "norm", "head") if hasattr(net, part)]
+    classifier = [part for part in ("fc", "norm", "head", "heads") if hasattr(net, part)]
     for part in classifier:
         setattr(net, part, nn.Identity())
     if weights and weights not in named:
         state_dict = read_weights(weights)
+        for prefix in ("module.", "encoder_q.", "backbone."):
+            inside = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            state_dict = inside or state_dict
         load_weights(net, {k: v for k, v in state_dict.items() if k.split(".")[0] not in classifier}, weights)
     return net

@@ -211,7 +211,7 @@ class QuickGELU(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. drop_path: probability of dropping a residual branch, per sample, in training."""
+    """Pre-norm transformer block. drop_path: probability of dropping a residual branch at a token in training."""
 
     def __init__(self, width: int, heads: int, quick_gelu: bool = True, drop_path: float = 0.0):
         super().__init__()
@@ -226,7 +226,8 @@ class ResidualAttentionBlock(nn.Module):
     def apply_drop_path(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return branch
-        keep = torch.empty(len(branch), 1, 1, device=branch.device).bernoulli_(1 - self.drop_path)  # (B, 1, 1)
+        # Released code: a token position is dropped for the whole batch, since its tensors are (N, B, D) there.
+        keep = torch.empty(1, branch.shape[1], 1, device=branch.device).bernoulli_(1 - self.drop_path)  # (1, N, 1)
         return branch * (keep / (1 - self.drop_path)).to(branch.dtype)  # (B, N, D)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -433,7 +434,8 @@ def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tenso
     except Exception as error:  # torch's own messages run over many lines and do not name the file
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path}: not a state dict or not readable ({reason}); if truncated, fetch it again") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+    for wrapping in ("state_dict", "model"):
+        weights = weights.get(wrapping, weights) if isinstance(weights, dict) else {}
     if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise ValueError(f"{path}: expected a state dict, parameter names and tensors; fetch it again")
     sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives store as tensors

@@ -149,8 +149,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         ignore_index: int = IGNORE_INDEX,
         reduce_zero_label: bool = False,
     ):
-        if not 1 <= num_classes <= 255:
-            raise ValueError(f"{num_classes} classes; 1 to 255 are possible, because label 255 means ignored")
+        if not 2 <= num_classes <= 255:  # with one class, the loss is 0 and the score 100 whatever the model does
+            raise ValueError(f"{num_classes} classes; 2 to 255 are possible: is the background class missing?")
         images, masks = files_by_stem(image_dir, IMAGE_SUFFIXES), files_by_stem(mask_dir, MASK_SUFFIXES)
         for files, others, kind, folder in ((images, masks, "mask", mask_dir), (masks, images, "image", image_dir)):
             if alone := [path for stem, path in files.items() if stem not in others]:

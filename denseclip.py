@@ -1,8 +1,8 @@
 """DenseCLIP: Language-Guided Dense Prediction with Context-Aware Prompting (Rao et al., CVPR 2022, arXiv 2112.01518).
 
 Start at `LanguageGuidedEncoder.forward` (the method, Figure 3), then read `DenseCLIP.forward` (segmentation).
-To copy this file, also take clip_model.py, tokenizer.py with its vocabulary file, and heads.py; backbones.py is needed
-only for image encoders other than CLIP's.
+To copy this file, also take clip_model.py, tokenizer.py with its vocabulary file, and heads.py; all image encoders but
+CLIP's ResNets need backbones.py, too.
 
     paper      here                  shape
     ---------  --------------------  -----------------------------------------------------------------------------
@@ -45,7 +45,7 @@ from clip_model import (
     read_weights,
     resize_positions,
 )
-from heads import FPN, SemanticFPNHead, UperNetHead, resize
+from heads import FPN, FCNHead, SemanticFPNHead, UperNetHead, resize
 from tokenizer import encode, tokenize
 
 # ------------------------------------------------------------------------------------------------ the method
@@ -57,7 +57,7 @@ class LanguageGuidedEncoder(nn.Module):
     backbone:        images -> (pyramid, global_embedding, visual_embeddings); its attribute `channels` lists the
                      pyramid's channels, `score_level` is the index of the map with visual_embeddings' size
     text_encoder:    CLIP's, frozen; gradients flow through it to the contexts
-    num_contexts:    N learned context vectors before each class name, Eq. (3); 0: `template` alone
+    num_contexts:    N learned context vectors before each class name, Eq. (3); 0: `templates` alone
     prompt_decoder:  for pre-model prompting, Eq. (4): (queries, memory) -> (B, N, text width)
     context_decoder: for post-model prompting, Eqs. (5) and (6): (text_embeddings, memory) -> (B, K, C)
     gamma:           initial value; fixed if learn_gamma=False
@@ -77,13 +77,13 @@ class LanguageGuidedEncoder(nn.Module):
         learn_gamma: bool = True,
         join_score_map: bool = True,
         score_temperature: float = 1.0,
-        template: str = "{}",
+        templates: tuple[str, ...] = ("{}",),
     ):
         super().__init__()
         self.backbone = backbone
         self.text_encoder = text_encoder.requires_grad_(False)
         self.prompt_decoder, self.context_decoder = prompt_decoder, context_decoder
-        self.num_contexts, self.template = num_contexts, template
+        self.num_contexts, self.templates = num_contexts, tuple(templates)
         self.join_score_map, self.score_temperature = join_score_map, score_temperature
         self.contexts = self.queries = self.gamma = None
         if prompt_decoder is not None:
@@ -140,13 +140,14 @@ class LanguageGuidedEncoder(nn.Module):
         return self.cached_text.expand(len(memory), -1, -1)
 
     def encode_text(self) -> Tensor:
-        """t = TextEncoder([p, e_k]), Eq. (3), (1, K, C)."""
-        return self.text_encoder(self.tokens, self.contexts).view(1, len(self.tokens), -1)
+        """t = TextEncoder([p, e_k]), Eq. (3), (1, K, C). Several templates are averaged as in CLIP's zero-shot."""
+        text = self.text_encoder(self.tokens, self.contexts).view(len(self.templates), -1, self.text_encoder.embed_dim)
+        return text if len(text) == 1 else F.normalize(text, dim=2).mean(0, keepdim=True)
 
     def set_class_names(self, class_names: list[str]) -> None:
         """Use these class names from now on; a trained head needs the same number."""
         check_class_names(class_names)
-        texts = [self.template.format(name) for name in class_names]
+        texts = [template.format(name) for template in self.templates for name in class_names]
         # Released code: always 5 tokens; a name of more than 3 is an error. Here the longest name decides.
         longest = max(texts, key=lambda text: len(encode(text)))
         length = max(5, 2 + len(encode(longest)))
@@ -154,7 +155,7 @@ class LanguageGuidedEncoder(nn.Module):
         if length > room:
             raise ValueError(f"class name {longest!r} has {length} tokens, but the text encoder has room for {room}")
         device = self.text_encoder.token_embedding.weight.device
-        self.register_buffer("tokens", tokenize(texts, length).to(device), persistent=False)  # (K, L)
+        self.register_buffer("tokens", tokenize(texts, length).to(device), persistent=False)  # (templates * K, L)
         self.class_names = list(class_names)
         self.cached_text = None
 
@@ -195,9 +196,8 @@ class DenseCLIP(nn.Module):
 
     def __init__(self, encoder: nn.Module, neck: nn.Module, decode_head: nn.Module, name: str, settings: "Settings"):
         super().__init__()
-        self.encoder = encoder
-        self.neck = neck
-        self.decode_head = decode_head
+        self.encoder, self.neck, self.decode_head = encoder, neck, decode_head
+        self.fcn_head = FCNHead(encoder.channels[2], len(encoder.class_names)) if settings.fcn_weight else None
         self.name, self.settings = name, settings  # what a checkpoint needs to build the model again
         self.crop_size, self.aux_weight, self.tau = settings.crop_size, settings.aux_weight, settings.tau
 
@@ -212,6 +212,8 @@ class DenseCLIP(nn.Module):
             return resize(logits, images.shape[-2:])  # (B, K, H, W)
 
         losses = {"loss": pixel_cross_entropy(logits, labels)}
+        if self.fcn_head is not None:
+            losses["fcn_loss"] = self.settings.fcn_weight * pixel_cross_entropy(self.fcn_head(pyramid[2]), labels)
         if score_map is not None and self.aux_weight:
             # Eq. (7): CE(softmax(s / tau), y). Released code: weighted by 0.4
             losses["aux_loss"] = self.aux_weight * pixel_cross_entropy(score_map / self.tau, labels)
@@ -307,26 +309,6 @@ class ContextDecoder(nn.Module):
         return self.out_proj(x)  # (B, K, out_dim)
 
 
-class PyramidViT(VisionTransformer):
-    """CLIP's ViT with its four maps resampled to strides P/4, P/2, P and 2P, for patches of P pixels."""
-
-    def __init__(self, layers: int, width: int, *others):  # as VisionTransformer's
-        super().__init__(layers, width, *others)
-
-        def up() -> nn.Module:
-            return nn.ConvTranspose2d(width, width, 2, stride=2)
-
-        self.fpn1 = nn.Sequential(nn.GroupNorm(1, width), up(), nn.BatchNorm2d(width), nn.GELU(), up())
-        self.fpn2 = nn.Sequential(nn.GroupNorm(1, width), up())
-        self.fpn3 = nn.GroupNorm(1, width)
-        self.fpn4 = nn.Sequential(nn.GroupNorm(1, width), nn.MaxPool2d(2))
-
-    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        pyramid, global_embedding, visual_embeddings = super().forward(images)  # four maps (B, width, H/P, W/P)
-        scales = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)  # to (B, width, 4H/P, 4W/P) .. (B, width, H/2P, W/2P)
-        return [scale(x) for scale, x in zip(scales, pyramid, strict=True)], global_embedding, visual_embeddings
-
-
 # ------------------------------------------------------------------------------------------------ settings
 
 
@@ -362,6 +344,7 @@ PROMPTING = {  # the paper's systems: where the contexts of the text come from, 
     "pre": ("image", False),  # Eq. (4)
     "learned": ("learned", False),  # Eq. (3)
     "template": ("template", False),  # "a photo of a {}."
+    "template+post": ("template", True),  # Table 7: post-model prompting without learned contexts
     "none": (None, False),  # no language: the baselines
 }
 HEADS = ("fpn", "upernet")
@@ -373,16 +356,18 @@ class Settings:
 
     prompting: str = "post"  # a key of PROMPTING (Table 2)
     num_contexts: int | None = None  # N of Eqs. (3) and (4); 8
+    templates: list | None = None  # texts with {} for the class name, averaged if several; ["a photo of a {}."]
     decoder_layers: int | None = None  # of TransDecoder; 3, for pre-model prompting 6
     gamma: float | None = None  # initial value, Eq. (6); 1e-4 (Table 8)
     learn_gamma: bool | None = None  # False keeps the initial value; True (Table 8)
     join_score_map: bool | None = None  # x4' = [x4, s], Eq. (2); True
     aux_weight: float | None = None  # of the auxiliary loss, Eqs. (7) and (8); 0.4, for detectors 1
     tau: float | None = None  # temperature in Eqs. (7) and (8); 0.07
-    head: str | None = None  # "fpn" (FPN and Semantic FPN) or "upernet", segmentation only; "fpn"
+    head: str | None = None  # "fpn" (FPN and Semantic FPN) or "upernet", segmentation only; "fpn", on Swin "upernet"
+    fcn_weight: float | None = None  # of UperNet's auxiliary FCN head in training; 0.4
     backbone: str | None = None  # image encoder, one of backbones.PYRAMIDS; CLIP's own
     crop_size: int | None = None  # pixels per side of training crop, test window and positional grid; the preset's
-    drop_path: float | None = None  # of CLIP's ViT; the preset's
+    drop_path: float | None = None  # of CLIP's ViT, the preset's; of Swin, 0.3
     double_class_embedding: bool | None = None  # Released code: CLIP's ViT adds its class embedding twice; True
     quick_gelu: bool | None = None  # False for weights trained with GELU, such as most of open_clip's; True
     context_length: int | None = None  # positions of the text encoder; 77
@@ -396,19 +381,22 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
             raise ValueError(f"no {name} named {getattr(s, name)!r}: choose one of {', '.join(choices)}")
     source, refined = PROMPTING[s.prompting]
     language, decoder = source is not None, refined or source == "image"
-    vit = s.backbone is None and preset.architecture.patch_size > 0
+    vit, swin = s.backbone is None and preset.architecture.patch_size > 0, s.backbone in ("swin_t", "swin_s")
     tau = language and (s.aux_weight != 0 or preset.detection and s.join_score_map is not False)
     rules = {  # name: (default, whether it has an effect, what it needs)
         "num_contexts": (8, source in ("learned", "image"), "learned contexts"),
+        "templates": (["a photo of a {}."], source == "template", "a template"),
         "decoder_layers": (6 if source == "image" else 3, decoder, "a context decoder"),
         "gamma": (1e-4, refined, "post-model prompting"),
         "learn_gamma": (True, refined, "post-model prompting"),
         "join_score_map": (True, language, "a score map"),
         "aux_weight": (preset.aux_weight, language, "a score map"),
         "tau": (0.07, tau, "an auxiliary loss"),
-        "head": ("fpn", not preset.detection, "a segmentation model"),
-        "crop_size": (preset.crop_size, True, ""),
-        "drop_path": (preset.drop_path if language else 0.0, vit, "CLIP's ViT"),  # Released code: none in the baseline
+        "head": ("upernet" if swin else "fpn", not preset.detection, "a segmentation model"),
+        "fcn_weight": (0.4, not preset.detection and (s.head or swin and "upernet") == "upernet", "UperNet"),
+        "crop_size": (min(preset.crop_size, 512) if s.backbone else preset.crop_size, True, ""),
+        # Released code: no drop path in CLIP's ViT without language
+        "drop_path": (0.3 if swin else preset.drop_path * language, vit or swin, "CLIP's ViT or Swin"),
         "double_class_embedding": (True, vit, "CLIP's ViT"),
         "quick_gelu": (True, language or vit, "a transformer of CLIP's"),
         "context_length": (77, language, "a text encoder"),
@@ -421,10 +409,18 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
             what = f"prompting={s.prompting}" + (f", backbone={s.backbone}" if s.backbone else "")
             raise ValueError(f"{name}={value} would have no effect: it needs {needs} ({what}); leave it out")
     ranges = {"num_contexts": (1, 64), "decoder_layers": (1, 64), "crop_size": (32, 8192), "context_length": (5, 1024)}
-    ranges |= {"gamma": (-1e3, 1e3), "aux_weight": (0, 1e3), "tau": (1e-4, 1e3), "drop_path": (0, 0.99)}
+    ranges |= {
+        "gamma": (-1e3, 1e3),
+        "aux_weight": (0, 1e3),
+        "fcn_weight": (0, 1e3),
+        "tau": (1e-4, 1e3),
+        "drop_path": (0, 0.99),
+    }
     for name, (low, high) in ranges.items():
         if (value := getattr(s, name)) is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}, it must be from {low} to {high}")
+    if s.templates is not None and not (s.templates and all(str(text).count("{}") == 1 for text in s.templates)):
+        raise ValueError(f"templates={s.templates}: expected texts with one {{}} each, for the class name")
     if language and not (s.aux_weight or s.join_score_map):
         raise ValueError("with neither score map nor auxiliary loss, language has no effect: use prompting=none")
     return s
@@ -472,10 +468,12 @@ def build_encoder(
     if isinstance(backbone, nn.Module):
         image_encoder = backbone
     elif backbone is not None:
-        from backbones import build_backbone  # here, so that a copy of this file works without backbones.py
+        from backbones import build_backbone  # here, so that a copy of this file works without backbones.py for ResNets
 
-        image_encoder = build_backbone(backbone, backbone_weights, embed_dim, s.crop_size)
+        image_encoder = build_backbone(backbone, backbone_weights, embed_dim, s.crop_size, s.drop_path)
     elif a.patch_size:
+        from backbones import PyramidViT
+
         options = (s.quick_gelu, s.drop_path, s.double_class_embedding)
         image_encoder = PyramidViT(a.layers, a.width, a.patch_size, embed_dim, s.crop_size, *options)
     else:
@@ -496,7 +494,7 @@ def build_encoder(
             learn_gamma=s.learn_gamma,
             join_score_map=s.join_score_map,
             score_temperature=s.tau if preset.detection else 1.0,
-            template="a photo of a {}." if source == "template" else "{}",
+            templates=s.templates or ("{}",),
         )
     if clip is not None:
         load_clip_weights(encoder, a, clip)

@@ -44,6 +44,7 @@ def add_data_options(parser: argparse.ArgumentParser, training: bool) -> None:
 def train_detector(args: argparse.Namespace) -> None:
     if args.train and not args.val:
         raise ValueError("--train also needs --val: a folder of images and a JSON file to score the model on")
+    args.model = args.model or next(iter(PRESETS))
     resume = find_run(args.out, args.resume)
     rank, world, device = start_process(args.device)
     torch.manual_seed(args.seed)  # the same initial weights in every process

@@ -209,7 +209,9 @@ def start_process(device: str | None = None) -> tuple[int, int, torch.device]:
         raise ValueError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
-    if device == torch.device("cuda"):
+    if device.type == "cuda" and device.index is not None:
+        raise ValueError(f"--device {device} puts every process of torchrun on one GPU: use --device cuda")
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

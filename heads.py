@@ -1,4 +1,4 @@
-"""Standard necks and heads, not this paper's: FPN, Semantic FPN and UperNet, initialized as in the released code.
+"""Standard necks and heads, not this paper's: FPN, Semantic FPN, UperNet and FCN, initialized as in the released code.
 
 All take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone.
 """
@@ -98,3 +98,11 @@ class UperNetHead(nn.Module):
         outputs = [output(x) for output, x in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
         x = torch.cat([resize(x, outputs[0].shape[-2:]) for x in outputs], dim=1)  # (B, 4 channels, H_0, W_0)
         return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))  # (B, K, H_0, W_0)
+
+
+class FCNHead(nn.Sequential):
+    """mmsegmentation's auxiliary head on the third map, for training alone: (B, C, H, W) -> logits (B, K, H, W)."""
+
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, dropout: float = 0.1):
+        classifier = nn.Conv2d(channels, num_classes, 1)
+        super().__init__(conv(in_channels, channels, 3, norm=True), nn.Dropout2d(dropout), classifier)

@@ -45,12 +45,16 @@ class Recipe:
     backbone_weights: str | None = None  # of a backbone that is not CLIP's
     iterations: int = 80_000
     batch_size: int = 32  # images per iteration, over all processes and accumulation steps
+    optimizer: str = "adamw"  # or "sgd", with momentum 0.9
     lr: float = 1e-4
     weight_decay: float = 1e-4
+    decay_norms: bool = True  # False: no weight decay of LayerNorms and positions
     backbone_lr_multiplier: float = 0.1
     text_lr_multiplier: float = 0.0  # 0: the text encoder is frozen
     warmup: int = 1_500  # iterations
     schedule: str = "poly"  # or "step", see `learning_rate`
+    power: float = 0.9  # of "poly"
+    min_lr: float = 1e-6  # of "poly"
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
     precision: str = "fp32"  # or "bf16"
     seed: int = 0
@@ -59,39 +63,52 @@ class Recipe:
     reduce_zero_label: bool = False
 
 
+# Swin's authors', for --backbone swin_t and swin_s (Table 5)
+SWIN = Recipe(iterations=160_000, batch_size=16, lr=6e-5, weight_decay=0.01, backbone_lr_multiplier=1.0)
+SWIN = replace(SWIN, decay_norms=False, power=1.0, min_lr=0.0)
+# mmsegmentation's default, for --optimizer sgd (section 4.1)
+SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier=1.0, warmup=0, min_lr=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ optimization
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Parameter groups for AdamW: smaller learning rate for the image encoder, no decay of the context decoder's norms.
+    """The optimizer's parameter groups: a smaller rate for the image encoder, no decay of the context decoder's norms.
 
     Also freezes the text encoder, unless its learning rate is above 0.
     Released code: the longest matching key decides, so a norm inside the backbone counts as "backbone" and does decay;
     "norm" occurs in the names of the context decoder's norm1..3 only. Frozen parameters are in no group.
     """
-    lr, decay = recipe.lr, recipe.weight_decay
+    lr, groups = recipe.lr, {}
     rates = {"backbone": lr * recipe.backbone_lr_multiplier, "text_encoder": lr * recipe.text_lr_multiplier}
     rates |= {"norm": lr, "rest": lr}
-    groups = {k: {"name": k, "params": [], "base_lr": rate, "weight_decay": decay} for k, rate in rates.items()}
-    groups["norm"]["weight_decay"] = 0.0
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         key = next((key for key in rates if key in name), "rest")
         if key == "text_encoder":
             parameter.requires_grad_(recipe.text_lr_multiplier > 0)
+        undecayed = key == "norm" or not recipe.decay_norms and (id(parameter) in norms or "position" in name)
         if parameter.requires_grad:
-            groups[key]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+            group = {
+                "name": key,
+                "params": [],
+                "base_lr": rates[key],
+                "weight_decay": recipe.weight_decay * (not undecayed),
+            }
+            groups.setdefault((key, undecayed), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def learning_rate(iteration: int, base: float, recipe: Recipe) -> float:
     """The learning rate at an iteration, counted from 0, of a group whose peak rate is `base`.
 
-    "poly": decays with power 0.9 to 1e-6; "step": a tenth after 8/12 and again after 11/12 of the run.
+    "poly": decays with recipe.power to recipe.min_lr; "step": a tenth after 8/12 and again after 11/12 of the run.
     Linear warm-up from 1e-6 ("poly") or 1e-3 ("step") of the scheduled rate.
     """
     progress = iteration / recipe.iterations
     if recipe.schedule == "poly":
-        rate, first = (base - 1e-6) * (1 - progress) ** 0.9 + 1e-6, 1e-6
+        rate, first = (base - recipe.min_lr) * (1 - progress) ** recipe.power + recipe.min_lr, 1e-6
     else:
         rate, first = base * 0.1 ** ((progress >= 8 / 12) + (progress >= 11 / 12)), 1e-3
     if iteration < recipe.warmup:
@@ -133,7 +150,9 @@ def train(
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()  # the layout that convolutions prefer
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.999))
+    options = {"momentum": 0.9} if recipe.optimizer == "sgd" else {"betas": (0.9, 0.999)}
+    optimizers = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    optimizer = optimizers[recipe.optimizer](parameter_groups(model, recipe), lr=recipe.lr, **options)
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
     start, best = restore_run(resume, out, model, optimizer, run, device) if resume else (0, -1.0)
@@ -243,7 +262,7 @@ def to_device(batch: Tensor | list | dict, device: torch.device) -> Tensor | lis
 
 
 def restore_run(
-    path: Path, out: Path, model: nn.Module, optimizer: torch.optim.AdamW, run: dict, device: torch.device
+    path: Path, out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, device: torch.device
 ) -> tuple[int, float]:
     """Load weights, optimizer and random states from last.pt of the same run; return its iteration and best score."""
     checkpoint, (rank, world) = read_checkpoint(path), this_process()
@@ -306,16 +325,22 @@ def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: 
     """Options of model, recipe and run, which train.py and detect.py share; `recipe` holds the defaults."""
     d = "(default: %(default)s)"
     option = parser.add_argument_group("model").add_argument
-    option("--model", default=next(iter(models)), choices=models, metavar="NAME", help=f"{', '.join(models)} {d}")
+    default = (
+        f"{next(iter(models))}; with --backbone, the text encoder of vitb16"
+        if "vitb16" in models
+        else next(iter(models))
+    )
+    option("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, default="post", help=f"where the text comes from; none: baseline {d}")
-    option("--backbone", metavar="NAME", help="image encoder instead of CLIP's: resnet18, 50 or 101, swin_t, swin_s")
+    option("--backbone", metavar="NAME", help="image encoder instead of CLIP's: resnet50, swin_t, vit_b_16, ...")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
     names = "see denseclip.Settings: " + ", ".join(SETTABLE)
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
     option = parser.add_argument_group("recipe").add_argument
     option("--iterations", type=positive, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
     option("--batch-size", type=positive, default=recipe.batch_size, help=f"per iteration, over all processes {d}")
+    option("--optimizer", choices=("adamw", "sgd"), default=recipe.optimizer, help=d)
     option("--lr", type=float, default=recipe.lr, help=f"peak rate {d}" if recipe.lr else "(the paper's)")
     option("--weight-decay", type=float, default=recipe.weight_decay, help=d)
     option("--backbone-lr-multiplier", type=float, default=recipe.backbone_lr_multiplier, metavar="X", help=d)
@@ -382,7 +407,12 @@ def parse_settings(pairs: list[str]) -> dict:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("train.py", "python train.py [options]", __doc__, formatter_class=raw)
-    add_options(parser, PRESETS, Recipe(), "runs/denseclip")
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--backbone")
+    early.add_argument("--optimizer")
+    chosen, _ = early.parse_known_args()
+    recipe = SGD if chosen.optimizer == "sgd" else SWIN if chosen.backbone in ("swin_t", "swin_s") else Recipe()
+    add_options(parser, PRESETS, recipe, "runs/denseclip")
     option = parser.add_argument_group("data").add_argument
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
     option("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
@@ -396,6 +426,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.train and not args.val:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
+    # Released code: a backbone that is not CLIP's gets the text encoder of ViT-B/16
+    args.model = args.model or ("vitb16" if args.backbone else "rn50")
     resume = find_run(args.out, args.resume)
     rank, world, device = start_process(args.device)
     torch.backends.cudnn.benchmark = True  # all crops have the same size
@@ -417,7 +449,7 @@ def main() -> None:
 
     reduce_zero_label = is_ade20k(train_masks) if args.reduce_zero_label is None else args.reduce_zero_label
     known = {"short_side": args.short_side or model.crop_size, "reduce_zero_label": reduce_zero_label, **weights}
-    recipe = replace(Recipe(), **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
+    recipe = replace(recipe, **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
     labels = {"ignore_index": recipe.ignore_index, "reduce_zero_label": recipe.reduce_zero_label}
     transform = TrainTransform(model.crop_size, (2048, recipe.short_side))
     train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, **labels)

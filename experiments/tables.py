@@ -44,10 +44,11 @@ class Row:
     notes: str = ""  # keys of NOTES
 
 
-R50 = {"name": "rn50", "backbone": "resnet50"}  # ImageNet's; here "name" decides only the text encoder
-R101 = {"name": "rn50", "backbone": "resnet101"}
-SWIN_T = {"name": "rn50", "backbone": "swin_t", "head": "upernet"}
-SWIN_S = {"name": "rn50", "backbone": "swin_s", "head": "upernet"}
+R50 = {"name": "vitb16", "backbone": "resnet50"}  # ImageNet's; here "name" decides only the text encoder
+R101 = {"name": "vitb16", "backbone": "resnet101"}
+SWIN_T = {"name": "vitb16", "backbone": "swin_t"}
+SWIN_S = {"name": "vitb16", "backbone": "swin_s"}
+VIT = {"name": "vitb16", "backbone": "vit_b_16", "crop_size": 640}
 PLAIN = {"prompting": "none"}
 TABLES = {
     "Table 1: Semantic FPN": [
@@ -57,6 +58,7 @@ TABLES = {
         Row("ImageNet R101", R101 | PLAIN, "40.4 / 42.3", 50.0, 304.9, "a"),
         Row("CLIP R101", {"name": "rn101"} | PLAIN, "42.7 / 44.3", 50.0, 326.6),
         Row("DenseCLIP R101", {"name": "rn101"}, "45.1 / 46.5", 67.8, 346.3),
+        Row("ImageNet ViT-B/16", VIT | PLAIN, "48.3 / 50.9", 100.8, 1037.4, "ci"),
         Row("CLIP ViT-B/16", {"name": "vitb16"} | PLAIN, "49.4 / 50.3", 100.8, 1037.4, "cd"),
         Row("DenseCLIP ViT-B/16", {"name": "vitb16"}, "50.6 / 51.3", 105.3, 1043.1, "c"),
     ],
@@ -88,9 +90,10 @@ NOTES = {
     "f": "Includes the text encoder, which runs for every image. The size of the pre-model decoder is not published: 6 "
     "layers of width 256, as here, give the paper's parameters (116.93 M if only the 13 text positions in use are "
     "counted, out of 77), but 24 G fewer multiply-adds than the paper's.",
-    "g": "With the text encoder of CLIP's RN50 (C = 1024); the paper does not say which one it used.",
+    "g": "With the text encoder of CLIP's ViT-B/16 (C = 512), as in the released code; the paper does not say which.",
     "h": "Without language, Swin's authors report 60 M and 945 G (Swin-T), 81 M and 1038 G (Swin-S) for 512 x 2048 "
-    "pixels. Their models include an auxiliary FCN head of 0.9 M, used only in training, which is omitted here.",
+    "pixels. The parameters include the auxiliary FCN head, 0.9 M, which only training uses.",
+    "i": "torchvision's ViT keeps its grid of 14 x 14 positions from ImageNet and resizes it at run time.",
 }
 
 
@@ -150,7 +153,7 @@ def main() -> None:
             with torch.device("meta"):
                 model = build_model(class_names=class_names, **row.settings)
             cost = measure(model)
-            text = cost if cost.text_parameters else text
+            text = text or (cost if cost.text_parameters else None)
             print(format_row(row, cost), flush=True)
         print()
     text_cost = f"{text.text_parameters:.2f} M, {text.text_multiply_adds:.1f} G for {len(class_names)} classes"

@@ -154,6 +154,7 @@ def test_language_guides_another_backbone(tmp_path):
     assert torch.allclose(score_map, expected, atol=1e-5) and torch.equal(pyramid[3][:, 512:], score_map)
 
 
+@pytest.mark.slow
 def test_readme_example_of_ones_own_module(monkeypatch, tmp_path):
     """The README's lines, unchanged; only the weights that they would download are random."""
     lines = readme_block("AttentionPoolBackbone")
@@ -180,3 +181,56 @@ def test_readme_example_of_ones_own_module(monkeypatch, tmp_path):
     again.load_state_dict(denseclip.read_checkpoint(tmp_path / "own.pt")["model"])
     with torch.no_grad():
         assert torch.equal(again(images(1, 75, 53)), model.eval()(images(1, 75, 53)))
+
+
+def test_swin_defaults_to_its_authors_upernet():
+    with torch.device("meta"):
+        model = build_model("vitb16", NAMES, backbone="swin_t")
+    assert model.settings.head == "upernet" and model.crop_size == 512 and model.fcn_head is not None
+    rates = [module.p for module in model.modules() if isinstance(module, torchvision.ops.StochasticDepth)]
+    assert len(rates) == 12 * 2 or len(rates) == 12
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.3)
+    with torch.device("meta"):
+        baseline = build_model("vitb16", NAMES, prompting="none")
+    drop_paths = [block.drop_path for block in baseline.encoder.backbone.transformer.resblocks]
+    assert not any(drop_paths)  # Released code: only DenseCLIP's ViT has drop path
+
+
+def test_heads_of_the_pool_divide_any_width():
+    maps = [torch.randn(2, c, 2, 2) for c in (8, 8, 8, 440)]  # RegNet's width
+    pool = AttentionPoolBackbone(nn.Identity(), [8, 8, 8, 440], embed_dim=16, input_resolution=64)
+    assert pool.attnpool.heads == 5 and pool(maps)[2].shape == (2, 16, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"state_dict": {f"module.encoder_q.{k}": v for k, v in w.items()} | {"module.queue": torch.zeros(3)}},
+        lambda w: {"state_dict": {f"backbone.{k}": v for k, v in w.items()}, "epoch": 200},
+        lambda w: {"model": dict(w)},
+    ],
+)
+def test_weights_of_other_projects_are_unwrapped(wrap, tmp_path):
+    """MoCo's, DenseCL's and other files, whose networks are torchvision's."""
+    net = torchvision.models.resnet18(weights=None)
+    torch.save(wrap(net.state_dict()), tmp_path / "file.pth")
+    loaded = load_torchvision("resnet18", str(tmp_path / "file.pth"))
+    assert torch.equal(loaded.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+
+
+@torch.no_grad()
+def test_vit_is_torchvisions(tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.vit_b_16(weights=None).eval()
+    torch.save(net.state_dict(), tmp_path / "vit.pth")
+    backbone = build_backbone("vit_b_16", str(tmp_path / "vit.pth")).eval()
+    outputs = []
+    for i in (3, 5, 7, 11):
+        net.encoder.layers[i].register_forward_hook(lambda _, __, output: outputs.append(output))
+    rgb = images(1, 224, 224) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    net(torchvision.transforms.functional.normalize(rgb, *imagenet))
+    pyramid = backbone(images(1, 224, 224))[0]
+    assert [x.shape[-1] for x in pyramid] == [56, 28, 14, 7]
+    expected = backbone.module.fpn3(outputs[2][:, 1:].transpose(1, 2).unflatten(2, (14, 14)))
+    assert torch.allclose(pyramid[2], expected, atol=1e-4)

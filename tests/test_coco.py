@@ -376,9 +376,8 @@ def test_two_processes_score_each_image_once(content, tmp_path):
     assert len(json.loads((tmp_path / "0.json").read_text())) == 6 and not (tmp_path / "1.json").exists()
 
 
-@pytest.mark.parametrize(
-    "name, iterations", [("retinanet_tiny", 120), pytest.param("mask_rcnn_tiny", 100, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, iterations", [("retinanet_tiny", 120), ("mask_rcnn_tiny", 100)])
 def test_one_image_can_be_learned(name, iterations, tmp_path):
     torch.manual_seed(0)
     dataset = open_set(tmp_path, draw(tmp_path, [(128, 96)]), (128, 96), load_masks="mask" in name, train=True)

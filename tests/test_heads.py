@@ -7,7 +7,7 @@ from helpers import NAMES, check_round_trip, train_steps
 from torch.nn import functional as F
 
 from denseclip import build_model
-from heads import FPN, SemanticFPNHead, UperNetHead
+from heads import FPN, FCNHead, SemanticFPNHead, UperNetHead
 
 CHANNELS = [8, 12, 16, 20]
 
@@ -61,3 +61,12 @@ def test_upernet_trains_and_reloads(settings, prompting, tmp_path):
     history = train_steps(model)
     assert sum(history[-1].values()) < sum(history[0].values())
     check_round_trip(model, tmp_path / "model.pt")
+
+
+def test_upernet_trains_an_auxiliary_fcn_head():
+    fcn = sum(parameter.numel() for parameter in FCNHead(384, 150).parameters())
+    assert fcn == 384 * 256 * 9 + 2 * 256 + 256 * 150 + 150  # mmsegmentation's
+    model = build_model("tiny", NAMES, head="upernet", crop_size=64)
+    assert {"loss", "fcn_loss", "aux_loss"} == train_steps(model, 1)[0].keys()
+    assert build_model("tiny", NAMES, head="upernet", fcn_weight=0.0).fcn_head is None
+    assert build_model("tiny", NAMES).fcn_head is None

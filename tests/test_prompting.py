@@ -135,9 +135,16 @@ def test_options_of_another_type_are_refused():
         ({"prompting": "none", "join_score_map": True}, "it needs a score map"),
         ({"prompting": "none", "context_length": 77}, "it needs a text encoder"),
         ({"prompting": "none", "quick_gelu": True}, "it needs a transformer of CLIP's"),
-        ({"backbone": "resnet18", "drop_path": 0.1}, "it needs CLIP's ViT (prompting=post, backbone=resnet18)"),
+        ({"backbone": "resnet18", "drop_path": 0.1}, "it needs CLIP's ViT or Swin (prompting=post, backbone=resnet18)"),
         ({"double_class_embedding": True}, "it needs CLIP's ViT"),
         ({"aux_weight": 0.0, "tau": 0.07}, "it needs an auxiliary loss"),
+        ({"prompting": "template+post", "num_contexts": 8}, "it needs learned contexts"),
+        ({"prompting": "learned", "templates": ["a {}"]}, "it needs a template"),
+        ({"prompting": "template", "templates": ["a photo"]}, "expected texts with one {} each"),
+        ({"prompting": "template", "templates": []}, "expected texts with one {} each"),
+        ({"fcn_weight": 0.4}, "it needs UperNet"),
+        ({"tau": 0.0}, "tau is 0.0, it must be from"),
+        ({"gamma": float("nan")}, "gamma is nan, it must be from"),
         ({"aux_weight": 0.0, "join_score_map": False}, "language has no effect"),
     ],
 )
@@ -254,3 +261,24 @@ def test_detectors_crop_positions_for_images_smaller_than_the_grid():
         pool.positional_embedding.data[1:] = torch.arange(16.0)[:, None]  # (4 * 4, D), row by row
         positions[detection] = pool.positions(2, 2)[1:, 0].tolist()
     assert positions[True] == [0, 1, 4, 5] != positions[False]
+
+
+@torch.no_grad()
+def test_several_templates_are_averaged_as_in_clips_zero_shot():
+    templates = ["a photo of a {}.", "a drawing of a {}.", "{}"]
+    model = build(prompting="template", templates=templates)
+    text = model.encoder(images())[2][0]  # (K, C)
+    for k, class_name in enumerate(NAMES):
+        each = model.encoder.text_encoder(tokenize([template.format(class_name) for template in templates]))
+        expected = torch.nn.functional.normalize(each, dim=1).mean(0)
+        assert torch.allclose(text[k], expected, atol=1e-6)
+    one = build(prompting="template", templates=["a photo of a {}."])
+    assert torch.equal(one(images()), build(prompting="template")(images()))
+
+
+def test_template_with_post_model_prompting():
+    """Table 7: a fixed template, refined by the image."""
+    model = build(prompting="template+post")
+    assert model.encoder.contexts is None and model.encoder.gamma.requires_grad
+    losses = train_steps(model, 2)
+    assert {"loss", "aux_loss"} == losses[0].keys()

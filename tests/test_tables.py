@@ -86,10 +86,9 @@ def test_pre_model_decoder_has_the_published_size():
 
 
 def test_upernet_with_swin_has_the_size_that_swins_authors_report():
-    auxiliary = (384 * 256 * 9 + 2 * 256 + 256 * 150 + 150) / 1e6  # the FCN head, omitted here
     for settings, parameters, multiply_adds in ((SWIN_T, 60, 945), (SWIN_S, 81, 1038)):
         actual = cost(**settings | PLAIN)
-        assert actual.parameters + auxiliary == pytest.approx(parameters, abs=0.5)
+        assert actual.parameters == pytest.approx(parameters, abs=0.5)
         assert actual.multiply_adds == pytest.approx(multiply_adds, rel=5e-3)
 
 

@@ -103,6 +103,42 @@ def test_learning_rates_are_the_released_ones():
     assert learning_rate(0, 1e-4, Recipe(iterations=10, warmup=0)) == pytest.approx(1e-4)
 
 
+def test_swin_recipe_is_its_authors(monkeypatch, folders, tmp_path):
+    """--backbone swin_t: which tensors decay, and the learning rate at five iterations."""
+    runs = []
+    monkeypatch.setattr(training, "train", lambda model, train_set, recipe, *_, **__: runs.append((model, recipe)))
+    monkeypatch.setattr(training, "format_table", lambda *_: "")
+    data = ["--train", *folders["train"], "--val", *folders["val"], "--classes", folders["classes"], "--clip", "none"]
+    options = [*data, "--device", "cpu", "--out", tmp_path, "--backbone-weights", "none"]
+    with torch.device("meta"):
+        run(training, monkeypatch, *options, "--backbone", "swin_t", "--prompting", "none")
+    ((model, recipe),) = runs
+    assert (recipe.iterations, recipe.batch_size, recipe.lr, recipe.weight_decay) == (160_000, 16, 6e-5, 0.01)
+    assert model.name == "vitb16"  # the text encoder of a backbone that is not CLIP's
+    rates = {0: 6e-11, 750: 6e-5 * (1 - 750 / 160_000) * 0.5000005, 1500: 5.94375e-5, 80_000: 3e-5, 159_999: 3.75e-10}
+    for iteration, rate in rates.items():
+        assert learning_rate(iteration, 6e-5, recipe) == pytest.approx(rate, rel=1e-9)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in parameter_groups(model, recipe):
+        assert group["base_lr"] == 6e-5
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            is_norm = ".norm" in name or "stages.0.0.2." in name  # the latter is the patch embedding's
+            exempt = is_norm or "relative_position_bias_table" in name
+            assert group["weight_decay"] == (0.0 if exempt else 0.01), name
+
+
+def test_sgd_is_mmsegmentations_default(monkeypatch, folders, tmp_path):
+    """Section 4.1: CLIP fine-tuned with SGD."""
+    options = ["--optimizer", "sgd", "--iterations", 3, "--prompting", "none", "--clip", "none"]
+    run(training, monkeypatch, *arguments(folders, tmp_path / "run", *options))
+    last = read_checkpoint(tmp_path / "run" / "last.pt")
+    groups = last["optimizer"]["param_groups"]
+    assert all(group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 for group in groups)
+    recipe = training.SGD
+    assert (recipe.lr, recipe.power, recipe.min_lr, recipe.warmup) == (0.01, 0.9, 1e-4, 0)
+    assert learning_rate(0, 0.01, recipe) == 0.01
+
+
 def test_step_schedule_of_detection():
     """A tenth at epochs 8 and 11 of 12, after a warm-up of 500 iterations from a thousandth."""
     recipe = Recipe(iterations=12_000, warmup=500, schedule="step")
@@ -126,7 +162,9 @@ def test_defaults_are_the_papers_run(monkeypatch, tmp_path):
     run(training, monkeypatch, "--clip", "none", "--device", "cpu")
     ((model, recipe),) = recipes
     assert recipe == Recipe(reduce_zero_label=True)
-    assert recipe == Recipe(None, None, 80_000, 32, 1e-4, 1e-4, 0.1, 0.0, 1_500, "poly", 0.0, "fp32", 0, 512, 255, True)
+    assert (recipe.iterations, recipe.batch_size, recipe.optimizer, recipe.lr) == (80_000, 32, "adamw", 1e-4)
+    assert (recipe.weight_decay, recipe.backbone_lr_multiplier, recipe.text_lr_multiplier) == (1e-4, 0.1, 0.0)
+    assert (recipe.warmup, recipe.clip_grad, recipe.precision, recipe.short_side) == (1_500, 0.0, "fp32", 512)
     assert (model.name, model.class_names, model.crop_size) == ("rn50", names, 512)
 
 
@@ -293,6 +331,7 @@ def test_bf16_trains(folders, tmp_path):
     assert all(p.dtype == torch.float32 for p in load_checkpoint(tmp_path / "last.pt").parameters())
 
 
+@pytest.mark.slow
 def test_a_small_set_is_learned(folders, tmp_path):
     recipe = Recipe(iterations=60, batch_size=4, lr=2e-3, backbone_lr_multiplier=1.0, warmup=5, short_side=64)
     assert small_run(folders, tmp_path, recipe)["miou"] > 60
@@ -397,7 +436,9 @@ def test_an_interrupted_run_can_be_resumed(folders, tmp_path):
     assert read_checkpoint(tmp_path / "run" / "last.pt")["iteration"] % 2 == 0
 
 
-@pytest.mark.parametrize("script", [["train.py"], ["eval.py"], ["demo.py"]])
+@pytest.mark.parametrize(
+    "script", [["train.py"], *(pytest.param([s], marks=pytest.mark.slow) for s in ("eval.py", "demo.py"))]
+)
 def test_help_works_anywhere(script, tmp_path):
     nowhere = {"HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     command = [sys.executable, str(ROOT / script[0]), *script[1:], "--help"]
