@@ -11,6 +11,7 @@ JSON object per line; the first has the command, versions and recipe).
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -100,6 +102,12 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     return list(groups.values())
 
 
+def build_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
+
+
 def learning_rate(iteration: int, base: float, recipe: Recipe) -> float:
     """The learning rate at an iteration, counted from 0, of a group whose peak rate is `base`.
 
@@ -150,14 +158,12 @@ def train(
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()  # the layout that convolutions prefer
-    options = {"momentum": 0.9} if recipe.optimizer == "sgd" else {"betas": (0.9, 0.999)}
-    optimizers = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    optimizer = optimizers[recipe.optimizer](parameter_groups(model, recipe), lr=recipe.lr, **options)
+    optimizer = build_optimizer(parameter_groups(model, recipe), recipe)
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
     start, best = restore_run(resume, out, model, optimizer, run, device) if resume else (0, -1.0)
     start_log(out, model, recipe, device, accumulate)
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model  # what is called
+    network = in_parallel(model, train_set, device) if world > 1 else model  # what is called
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     # samples: order and augmentation depend on the seed and the number drawn before, so a resumed run sees the rest
@@ -231,6 +237,17 @@ def train(
                 tqdm.write(" | ".join(shown))
             steps, clock = [], time.perf_counter()
     return metrics
+
+
+def in_parallel(model: nn.Module, train_set: Dataset, device: torch.device) -> nn.Module:
+    """The model under DistributedDataParallel, which must know of parameters without a gradient: tried on a copy."""
+    images, labels, _ = train_set.collate([train_set[0, 0]] * 2)
+    copied = copy.deepcopy(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        sum(copied(to_device(images, device), to_device(labels, device)).values()).backward()
+    unused = any(parameter.requires_grad and parameter.grad is None for parameter in copied.parameters())
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers has a new name
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
 
 
 def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[str, float]:

@@ -1,6 +1,9 @@
 """detect.py trains, resumes and scores detectors on train.py's loop, by the released schedule."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +48,9 @@ def make_set(root, split, count, seed):
         "categories": [{"id": 3, "name": "green square"}, {"id": 7, "name": "red square"}],
     }
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +163,28 @@ def test_help(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(detect, monkeypatch, *command, "--help")
     assert stop.value.code == 0 and "detect.py train" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_backbone_with_an_unused_map_trains_in_two_processes(root, tmp_path):
+    """RetinaNet does not use the finest map, so that Swin's norm on it never gets a gradient."""
+    options = ["--model", "retinanet_tiny", "--backbone", "swin_t", "--backbone-weights", "none", "--data", root]
+    options += [
+        "--batch-size",
+        2,
+        "--short-side",
+        96,
+        "--iterations",
+        3,
+        "--warmup",
+        2,
+        "--workers",
+        0,
+        "--clip",
+        "none",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "detect.py"]
+    command = [*command, "train", *options, "--device", "cpu", "--out", tmp_path / "run"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["iteration"] == 3
