@@ -1,15 +1,14 @@
 """Any image backbone instead of CLIP's: the paper's section 3.4 and Table 5, for which no code was released.
 
-A backbone maps images (B, 3, H, W), normalized with CLIP's mean and std, to four feature maps, fine to coarse.
-`AttentionPoolBackbone` adds CLIP's attention pool, randomly initialized, to the last of them, so that the frozen text
-encoder can guide the backbone.
+A backbone maps images (B, 3, H, W) to four feature maps, fine to coarse. `AttentionPoolBackbone` adds CLIP's attention
+pool, randomly initialized, to the last of them, so that the frozen text encoder can guide the backbone.
 
-    swin = SwinPyramid("swin_t", "IMAGENET1K_V1")
-    backbone = AttentionPoolBackbone(swin, SwinPyramid.channels["swin_t"], embed_dim=1024)
+    backbone = AttentionPoolBackbone(SwinPyramid("swin_t", "IMAGENET1K_V1"), embed_dim=1024)
 
 This file needs torch, torchvision and clip_model.py.
 """
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -18,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from clip_model import MEAN, STD, AttentionPool2d, VisionTransformer, load_weights, read_weights, resize_positions
+from clip_model import (
+    MEAN,
+    STD,
+    AttentionPool2d,
+    VisionTransformer,
+    load_weights,
+    one_at_a_time,
+    read_weights,
+    resize_positions,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,33 +35,55 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class AttentionPoolBackbone(nn.Module):
     """Any module, images (B, 3, H, W) -> four maps (B, C_i, H_i, W_i), with an attention pool on its last map.
 
-    channels:         C_1 .. C_4 of the module's maps
-    embed_dim:        C of the text encoder, 1024 for CLIP's RN50 and 512 for ViT-B/16; 0: no pool, for the baselines
-    input_resolution: pixels per side for which the pool's positions are initialized; they are resized for other sizes
-    stride:           of the last map
+    embed_dim:          C of the text encoder, 1024 for CLIP's RN50 and 512 for ViT-B/16; 0: no pool, for the baselines
+    input_resolution:   pixels per side for which the pool's positions are initialized; they are resized for other sizes
+    imagenet_normalize: the module expects images with ImageNet's mean and std; False: with CLIP's
+    The module is tried on an image of this size: a ValueError says what does not fit.
     """
 
     score_level = 3  # index of the map with the size of visual_embeddings
 
-    def __init__(
-        self, module: nn.Module, channels: list[int], embed_dim: int, input_resolution: int = 512, stride: int = 32
-    ):
+    def __init__(self, module: nn.Module, embed_dim: int, input_resolution: int = 512, imagenet_normalize: bool = True):
         super().__init__()
-        self.module, self.channels = module, list(channels)
-        self.attnpool = None
+        self.module, self.embed_dim = module, embed_dim
+        self.normalize = ImageNetNormalize() if imagenet_normalize else nn.Identity()
+        shapes = self.try_module(input_resolution)
+        self.channels, self.attnpool = [shape[1] for shape in shapes], None
         if embed_dim:
-            width, grid = self.channels[-1], max(1, input_resolution // stride)
+            width, grid = shapes[-1][1:3]
             heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)  # of 64 channels, or more
             self.attnpool = AttentionPool2d(grid, width, heads, embed_dim)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """images: (B, 3, H, W); return: the four maps, z_bar (B, C), z (B, C, H_4, W_4), both None without a pool."""
-        pyramid = list(self.module(images))  # four maps (B, C_i, H_i, W_i)
-        channels = [x.shape[1] for x in pyramid]
-        if channels != self.channels:
-            name = type(self.module).__name__
-            raise ValueError(f"{name}: expected feature maps of {self.channels} channels, got {channels}")
+        """images: (B, 3, H, W), normalized with CLIP's mean and std
+
+        return: the four maps, z_bar (B, C), z (B, C, H_4, W_4); the latter two are None without a pool
+        """
+        pyramid = self.pyramid(images)  # four maps (B, C_i, H_i, W_i)
         return pyramid, *(self.attnpool(pyramid[-1]) if self.attnpool else (None, None))
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        maps = self.module(self.normalize(images))  # list or dictionary of (B, C_i, H_i, W_i)
+        return list(maps.values() if isinstance(maps, dict) else maps)
+
+    @torch.no_grad()
+    def try_module(self, side: int) -> list[tuple[int, ...]]:
+        """The shapes of the module's maps for an image of side x side pixels, which must be four that halve in size."""
+        name, training = type(self.module).__name__, self.module.training
+        image = torch.zeros(1, 3, side, side, device=next((p.device for p in self.module.parameters()), None))
+        self.module.eval()
+        try:
+            shapes = [tuple(x.shape) for x in self.pyramid(image)]
+        except Exception as error:
+            raise ValueError(
+                f"{name} fails on an image of {side} x {side} pixels: {str(error).partition(chr(10))[0]}"
+            ) from error
+        self.module.train(training)
+        if [len(shape) for shape in shapes] != [4] * 4:
+            raise ValueError(f"{name}: expected four feature maps (B, C, H, W), fine to coarse, got {shapes}")
+        if any(abs(2 * shapes[i + 1][d] - shapes[i][d]) > 1 for i in range(3) for d in (2, 3)):
+            raise ValueError(f"{name}: expected maps (B, C, H, W) that halve in size each time, got {shapes}")
+        return shapes
 
 
 class FourScales:
@@ -88,17 +118,17 @@ class PyramidViT(VisionTransformer, FourScales):
 class ViTPyramid(nn.Module, FourScales):
     """torchvision's ViT without its classifier: outputs of blocks 3, 5, 7 and 11 (from 0), resampled like CLIP's."""
 
-    channels = {"vit_b_16": [768] * 4}
+    names = ("vit_b_16",)
 
     def __init__(self, name: str, weights: str | None = None):
         super().__init__()
         net = load_torchvision(name, weights)
-        self.normalize, self.conv_proj, self.class_token = ImageNetNormalize(), net.conv_proj, net.class_token
+        self.conv_proj, self.class_token = net.conv_proj, net.class_token
         self.pos_embedding, self.layers = net.encoder.pos_embedding, net.encoder.layers
-        self.make_scales(self.channels[name][0])
+        self.make_scales(net.hidden_dim)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.conv_proj(self.normalize(images))  # (B, D, h, w)
+        x = self.conv_proj(images)  # (B, D, h, w)
         size = x.shape[-2:]
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
         x, maps = x + resize_positions(self.pos_embedding[0], tuple(size)), []  # (B, 1 + hw, D)
@@ -112,21 +142,16 @@ class ViTPyramid(nn.Module, FourScales):
 class ResNetPyramid(nn.Module):
     """torchvision's ResNet without its classifier: four maps at strides 4, 8, 16, 32."""
 
-    channels = {
-        "resnet18": [64, 128, 256, 512],
-        "resnet50": [256, 512, 1024, 2048],
-        "resnet101": [256, 512, 1024, 2048],
-    }
+    names = ("resnet18", "resnet50", "resnet101")
 
     def __init__(self, name: str, weights: str | None = None):
         super().__init__()
         net = load_torchvision(name, weights)
-        self.normalize = ImageNetNormalize()
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(self.normalize(images))  # (B, 64, H/4, W/4)
+        x = self.stem(images)  # (B, 64, H/4, W/4)
         pyramid = []
         for stage in self.stages:
             x = stage(x)  # (B, C_i, H_i, W_i)
@@ -141,7 +166,7 @@ class SwinPyramid(nn.Module):
     depth; Swin's authors use 0.3 for UperNet on Swin-T and Swin-S.
     """
 
-    channels = {"swin_t": [96, 192, 384, 768], "swin_s": [96, 192, 384, 768]}
+    names = ("swin_t", "swin_s")
 
     def __init__(self, name: str, weights: str | None = None, drop_path: float = 0.3):
         super().__init__()
@@ -149,13 +174,12 @@ class SwinPyramid(nn.Module):
         paths = [module for module in features.modules() if isinstance(module, StochasticDepth)]
         for i, path in enumerate(paths):
             path.p = drop_path * i / (len(paths) - 1)
-        self.normalize = ImageNetNormalize()
         # Each stage starts with the layer that sets its size: the patch embedding, or a patch merging.
         self.stages = nn.ModuleList(features[i : i + 2] for i in (0, 2, 4, 6))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels[name])
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in (96, 192, 384, 768))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = F.pad(self.normalize(images), (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))  # (B, 3, 4 H_1, 4 W_1)
+        x = F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))  # (B, 3, 4 H_1, 4 W_1)
         pyramid = []
         for stage, norm in zip(self.stages, self.norms, strict=True):
             x = stage(x)  # (B, H_i, W_i, C_i)
@@ -176,25 +200,24 @@ class ImageNetNormalize(nn.Module):
         return images * self.scale + self.shift
 
 
-PYRAMIDS = {name: pyramid for pyramid in (ResNetPyramid, SwinPyramid, ViTPyramid) for name in pyramid.channels}
+PYRAMIDS = {name: pyramid for pyramid in (ResNetPyramid, SwinPyramid, ViTPyramid) for name in pyramid.names}
 
 
-def build_backbone(
-    name: str,
-    weights: str | None = None,
-    embed_dim: int = 0,
-    input_resolution: int = 512,
-    drop_path: float | None = None,
-) -> AttentionPoolBackbone:
-    """A torchvision network with `weights` (see `load_torchvision`) under an attention pool; drop_path: of Swin."""
+def build_backbone(name: str, weights: str | None = None, drop_path: float | None = None) -> nn.Module:
+    """A torchvision network with `weights` (see `load_torchvision`), drop_path: of Swin; or the module that a function
+    of yours returns, if `name` is "package.module:function". Images have ImageNet's mean and std."""
+    if ":" in name:
+        path, _, function = name.partition(":")
+        try:
+            return getattr(importlib.import_module(path), function)()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"--backbone {name}: {error}; is {path} in this folder or on PYTHONPATH?") from error
     if name not in PYRAMIDS:
         raise ValueError(
-            f"no backbone named {name!r}: expected one of {', '.join(PYRAMIDS)}; your own module is given as "
-            'build_model(..., backbone=module), its weights as model.load_state_dict(read_checkpoint(path)["model"])'
+            f"no backbone named {name!r}: choose one of {', '.join(PYRAMIDS)} or package.module:function; a module of "
+            "your own is given again to load its checkpoint: load_checkpoint(path, backbone=module)"
         )
-    pyramid = PYRAMIDS[name]
-    module = pyramid(name, weights) if drop_path is None else pyramid(name, weights, drop_path)
-    return AttentionPoolBackbone(module, pyramid.channels[name], embed_dim, input_resolution)
+    return PYRAMIDS[name](name, weights, *([] if drop_path is None else [drop_path]))
 
 
 def load_torchvision(name: str, weights: str | None = None) -> nn.Module:
@@ -209,7 +232,11 @@ def load_torchvision(name: str, weights: str | None = None) -> nn.Module:
     if weights and weights not in named and not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such file; weights of {name} are a path or one of {', '.join(named)}")
     try:
-        net = torchvision.models.get_model(name, weights=weights if weights in named else None)
+        if weights in named:
+            with one_at_a_time(Path(torch.hub.get_dir(), "checkpoints", Path(named[weights].value.url).name)):
+                net = torchvision.models.get_model(name, weights=weights)
+        else:
+            net = torchvision.models.get_model(name, weights=None)
     except (OSError, RuntimeError) as error:  # no connection, or a file with another hash
         raise ValueError(
             f"{named[weights].value.url}: {error}; run again, or fetch it by hand and give its path"

@@ -13,6 +13,7 @@ Parameter names are OpenAI's, so their files load without a key map. This file n
     clip.encode_image(images), clip.encode_text(tokens)
 """
 
+import contextlib
 import hashlib
 import http.client
 import math
@@ -21,6 +22,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -416,14 +418,20 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     module.load_state_dict(weights)
 
 
-def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tensor]:
-    """A state dict in float32, from a name in FILES or a file (see `load_clip`)."""
+def find_weights(name_or_path: str, cache: str | None = None) -> Path:
+    """The file of CLIP's weights, downloaded if it is a name in FILES."""
     if name_or_path in FILES:
         sha256, file = FILES[name_or_path].split("/")
         path = Path(cache or "~/.cache/clip").expanduser() / file  # the cache of OpenAI's own package
         download(f"{SERVER}/{sha256}/{file}", path, sha256)
     elif not (path := Path(name_or_path)).is_file():
         raise FileNotFoundError(f"{path}: no such file; CLIP's weights are a path or one of {', '.join(FILES)}")
+    return path
+
+
+def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tensor]:
+    """A state dict in float32, from a name in FILES or a file (see `load_clip`)."""
+    path = find_weights(name_or_path, cache)
     try:
         archive = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any("/code/" in name for name in archive):  # TorchScript, deprecated since torch 2.10
@@ -470,30 +478,46 @@ def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Ar
 def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> None:
     """Fetch a file once, with a progress bar; an interrupted transfer resumes where it stopped.
 
-    The file gets its final name only after its checksum has been verified.
+    The file gets its final name only after its checksum has been verified. Of several processes, one downloads.
     """
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            start = start if response.status == 206 else 0  # 200: the server sends the whole file
-            total = start + int(response.headers.get("Content-Length", 0))
-            progress = tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=path.name)
-            with open(part, "ab" if start else "wb") as file, progress:
-                while chunk := response.read(1 << 20):
-                    progress.update(file.write(chunk))
-        if part.stat().st_size < total:
-            raise OSError(f"ended at {part.stat().st_size} of {total} bytes")
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) != 416:  # 416: nothing left to send, the part is complete
-            raise OSError(f"{url}: {error}; run again to resume, or fetch it by hand and save it as {path}") from None
-    with open(part, "rb") as file:
-        digest = hashlib.file_digest(file, algorithm).hexdigest()
-    if digest != checksum:
-        part.unlink()
-        raise ValueError(f"{url}: {algorithm} {digest}, expected {checksum}; the file was removed, run again")
-    os.replace(part, path)
+    with one_at_a_time(path):
+        if path.exists():
+            return
+        part = path.with_name(path.name + ".part")
+        start = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                start = start if response.status == 206 else 0  # 200: the server sends the whole file
+                total = start + int(response.headers.get("Content-Length", 0))
+                progress = tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=path.name)
+                with open(part, "ab" if start else "wb") as file, progress:
+                    while chunk := response.read(1 << 20):
+                        progress.update(file.write(chunk))
+            if part.stat().st_size < total:
+                raise OSError(f"ended at {part.stat().st_size} of {total} bytes")
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "code", None) != 416:  # 416: nothing left to send, the part is complete
+                how = f"run again to resume, or fetch it by hand and save it as {path}"
+                raise OSError(f"{url}: {error}; {how}") from None
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, algorithm).hexdigest()
+        if digest != checksum:
+            part.unlink()
+            raise ValueError(f"{url}: {algorithm} {digest}, expected {checksum}; the file was removed, run again")
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Lets one process at a time fetch a file that is not there; the others wait for a lock on its folder."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # Windows has no such locks
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                folder = os.open(path.parent, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        yield

@@ -365,7 +365,8 @@ class Settings:
     tau: float | None = None  # temperature in Eqs. (7) and (8); 0.07
     head: str | None = None  # "fpn" (FPN and Semantic FPN) or "upernet", segmentation only; "fpn", on Swin "upernet"
     fcn_weight: float | None = None  # of UperNet's auxiliary FCN head in training; 0.4
-    backbone: str | None = None  # image encoder, one of backbones.PYRAMIDS; CLIP's own
+    backbone: str | None = None  # image encoder, one of backbones.PYRAMIDS or package.module:function; CLIP's own
+    imagenet_normalize: bool | None = None  # the backbone expects ImageNet's mean and std, not CLIP's; True
     crop_size: int | None = None  # pixels per side of training crop, test window and positional grid; the preset's
     drop_path: float | None = None  # of CLIP's ViT, the preset's; of Swin, 0.3
     double_class_embedding: bool | None = None  # Released code: CLIP's ViT adds its class embedding twice; True
@@ -399,6 +400,7 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
         "drop_path": (0.3 if swin else preset.drop_path * language, vit or swin, "CLIP's ViT or Swin"),
         "double_class_embedding": (True, vit, "CLIP's ViT"),
         "quick_gelu": (True, language or vit, "a transformer of CLIP's"),
+        "imagenet_normalize": (True, s.backbone is not None, "a backbone that is not CLIP's"),
         "context_length": (77, language, "a text encoder"),
     }
     for name, (default, has_effect, needs) in rules.items():
@@ -455,22 +457,26 @@ def build_encoder(
 
     clip:     CLIP's weights by name or path (see `clip_model.load_clip`); None: random
     backbone: image encoder instead of CLIP's: a name in backbones.PYRAMIDS, whose `backbone_weights` are torchvision's
-              name for them, a path, or None: random; or a module of your own, such as backbones.AttentionPoolBackbone
+              name for them, a path, or None: random; "package.module:function", which returns a module; or a module of
+              your own, images (B, 3, H, W) -> four maps (B, C_i, H_i, W_i), or a backbones.AttentionPoolBackbone of it
     settings: fields of `Settings`
     """
-    if backbone_weights is not None and not isinstance(backbone, str):
-        raise ValueError(f"backbone_weights={backbone_weights} would have no effect: they belong to a backbone by name")
     name = type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone
+    if backbone_weights is not None and (name is not backbone or backbone is None or ":" in backbone):
+        raise ValueError(f"backbone_weights={backbone_weights} would have no effect: they belong to a backbone by name")
     s = resolve(Settings(backbone=name, **settings), preset)
     a, (source, refined) = preset.architecture, PROMPTING[s.prompting]
 
     embed_dim = a.embed_dim if source else 0  # 0: no projection to the text's space
-    if isinstance(backbone, nn.Module):
-        image_encoder = backbone
-    elif backbone is not None:
-        from backbones import build_backbone  # here, so that a copy of this file works without backbones.py for ResNets
+    if backbone is not None:  # imports are here, so that for ResNets a copy of this file works without backbones.py
+        from backbones import AttentionPoolBackbone, build_backbone
 
-        image_encoder = build_backbone(backbone, backbone_weights, embed_dim, s.crop_size, s.drop_path)
+        module = build_backbone(backbone, backbone_weights, s.drop_path) if isinstance(backbone, str) else backbone
+        if not isinstance(module, AttentionPoolBackbone):
+            module = AttentionPoolBackbone(module, embed_dim, s.crop_size, s.imagenet_normalize)
+        if module.embed_dim != embed_dim:
+            raise ValueError(f"the backbone's pool has embed_dim={module.embed_dim}, but this model needs {embed_dim}")
+        image_encoder = module
     elif a.patch_size:
         from backbones import PyramidViT
 
@@ -583,15 +589,25 @@ def read_tensors(path: str | Path) -> object:
         raise ValueError(f"{path}: {reason}") from None
 
 
-def load_checkpoint(path: str | Path) -> DenseCLIP:
-    """The segmentation model saved by train.py, in evaluation mode on the CPU."""
-    return restore_model(read_checkpoint(path), path, build_model)
+def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -> DenseCLIP:
+    """The segmentation model saved by train.py, in evaluation mode on the CPU. backbone: see `restore_model`."""
+    return restore_model(read_checkpoint(path), path, build_model, backbone)
 
 
-def restore_model(checkpoint: dict, path: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
-    """The model in what `read_checkpoint` read from path; `build` is build_model, of this file or detection.py."""
+def restore_model(
+    checkpoint: dict, path: str | Path, build: Callable[..., nn.Module], backbone: str | nn.Module | None = None
+) -> nn.Module:
+    """The model in what `read_checkpoint` read from path; `build` is build_model, of this file or detection.py.
+
+    backbone: a backbone of your own, as it was given for training; a checkpoint alone never imports code
+    """
+    settings, trained = checkpoint["settings"], checkpoint["settings"].get("backbone") or ""
+    if ":" in trained and backbone is None:
+        raise ValueError(f"{path}: its backbone is code that is not in the file; --backbone {trained} imports it")
+    if backbone is not None:
+        settings = {**settings, "backbone": backbone}
     try:
-        model = build(checkpoint["name"], checkpoint["class_names"], **checkpoint["settings"])
+        model = build(checkpoint["name"], checkpoint["class_names"], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its model cannot be built: {error}") from None
     load_weights(model, checkpoint["model"], str(path))

@@ -23,7 +23,7 @@ from data import run_script
 from denseclip import read_checkpoint, restore_model
 from detection import PRESETS, build_model
 from eval import start_process, write_scores
-from train import Recipe, add_options, find_run, initial_weights, parse_settings, positive, train
+from train import Recipe, add_options, fetch_weights, find_run, initial_weights, parse_settings, positive, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
 RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1, short_side=800)
@@ -45,10 +45,7 @@ def train_detector(args: argparse.Namespace) -> None:
     if args.train and not args.val:
         raise ValueError("--train also needs --val: a folder of images and a JSON file to score the model on")
     args.model = args.model or next(iter(PRESETS))
-    resume = find_run(args.out, args.resume)
-    rank, world, device = start_process(args.device)
-    torch.manual_seed(args.seed)  # the same initial weights in every process
-
+    resume, plain = find_run(args.out, args.resume), args.prompting == "none"
     short_side = args.short_side or RECIPE.short_side
     limits, load_masks = detection_limits(short_side), args.model.startswith("mask")
     train_files = args.train or find_coco(args.data, "train")
@@ -57,10 +54,14 @@ def train_detector(args: argparse.Namespace) -> None:
     names = train_set.class_names
     val_set = CocoDetection(*val_files, DetectionTransform(limits), names, load_masks=load_masks)
 
-    preset, plain = PRESETS[args.model].encoder, args.prompting == "none"
-    weights = initial_weights(preset, args.clip, args.backbone, args.backbone_weights, plain)
     options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
-    if rank == 0 and not resume:  # one process reads weights, the others get its parameters; a resumed run has its own
+    preset = PRESETS[args.model].encoder
+    weights = initial_weights(preset, args.clip, args.backbone, args.backbone_weights, plain)
+    if not resume:  # a resumed run has its own weights
+        fetch_weights(args.backbone, **weights)
+    rank, world, device = start_process(args.device)
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    if rank == 0 and not resume:  # one process reads weights, the others get its parameters
         options |= weights
     model = build_model(args.model, names, **options)
 
@@ -88,7 +89,7 @@ def train_detector(args: argparse.Namespace) -> None:
 def score_detector(args: argparse.Namespace) -> None:
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = restore_model(checkpoint, args.checkpoint, build_model).to(device)
+    model = restore_model(checkpoint, args.checkpoint, build_model, args.backbone).to(device)
     short_side = args.short_side or checkpoint.get("run", {}).get("short_side", RECIPE.short_side)
     files, limits = args.val or find_coco(args.data, "val"), detection_limits(short_side)
     names, load_masks = model.class_names, model.name.startswith("mask")
@@ -115,6 +116,7 @@ def main() -> None:
     scoring.set_defaults(run=score_detector)
     option = scoring.add_argument
     option("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of training, or made by convert.py")
+    option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
     add_data_options(scoring, training=False)
     option("--save-results", type=Path, metavar="FILE", help="write the detections there, in COCO's JSON format")
     option("--json", type=Path, metavar="FILE", help="write the scores there")

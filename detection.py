@@ -490,6 +490,6 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
     return Detector(encoder, neck, head, name, resolved)
 
 
-def load_checkpoint(path: str | Path) -> Detector:
-    """The detector saved by detect.py, in evaluation mode on the CPU."""
-    return restore_model(read_checkpoint(path), path, build_model)
+def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -> Detector:
+    """The detector saved by detect.py, in evaluation mode on the CPU. backbone: see `denseclip.restore_model`."""
+    return restore_model(read_checkpoint(path), path, build_model, backbone)

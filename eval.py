@@ -243,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("eval.py", "python eval.py [options]", __doc__, formatter_class=raw)
     option = parser.add_argument
     option("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of train.py, or made by convert.py")
+    option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
     option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
     option("--classes", metavar="LIST", help="a list in classes/ or a file with the checkpoint's classes; gives colors")
@@ -259,7 +260,7 @@ def main() -> None:
 
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = restore_model(checkpoint, args.checkpoint, build_model).to(device)
+    model = restore_model(checkpoint, args.checkpoint, build_model, args.backbone).to(device)
     names = model.class_names
     colors = [default_color(k) for k in range(len(names))]
     if args.classes:

@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clip_model import ARCHITECTURES, IGNORE_INDEX
+from backbones import load_torchvision
+from clip_model import ARCHITECTURES, IGNORE_INDEX, find_weights
 from data import SegmentationDataset, TrainTransform, find_split, is_ade20k, read_classes, run_script
 from denseclip import PRESETS, PROMPTING, Preset, Settings, build_model, read_checkpoint, save_checkpoint
 from eval import check_classes, evaluate, format_table, start_process, this_process, to_json
@@ -350,7 +351,8 @@ def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: 
     option("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, default="post", help=f"where the text comes from; none: baseline {d}")
-    option("--backbone", metavar="NAME", help="image encoder instead of CLIP's: resnet50, swin_t, vit_b_16, ...")
+    backbones = "resnet50, swin_t, vit_b_16, ..., or package.module:function, which returns a module"
+    option("--backbone", metavar="NAME", help=f"image encoder instead of CLIP's: {backbones}")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
     names = "see denseclip.Settings: " + ", ".join(SETTABLE)
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
@@ -401,8 +403,16 @@ def initial_weights(preset: Preset, clip: str | None, backbone: str | None, weig
     clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
     if clip == "none" or backbone and plain:  # the latter has neither of CLIP's encoders
         clip = None
-    weights = weights or ("IMAGENET1K_V1" if backbone else None)
+    weights = weights or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
     return {"clip": clip, "backbone_weights": None if weights == "none" else weights}
+
+
+def fetch_weights(backbone: str | None, clip: str | None, backbone_weights: str | None) -> None:
+    """Download weights before the processes join, since that may outlast the process group's timeout."""
+    if clip:
+        find_weights(clip)
+    if backbone_weights:
+        load_torchvision(backbone, backbone_weights)
 
 
 def parse_settings(pairs: list[str]) -> dict:
@@ -445,11 +455,7 @@ def main() -> None:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
     # Released code: a backbone that is not CLIP's gets the text encoder of ViT-B/16
     args.model = args.model or ("vitb16" if args.backbone else "rn50")
-    resume = find_run(args.out, args.resume)
-    rank, world, device = start_process(args.device)
-    torch.backends.cudnn.benchmark = True  # all crops have the same size
-    torch.manual_seed(args.seed)  # the same initial weights in every process
-
+    resume, plain = find_run(args.out, args.resume), args.prompting == "none"
     train_images, train_masks = args.train or find_split(args.data, "train")
     val_images, val_masks = args.val or find_split(args.data, "val")
     listed = Path(args.data) / "classes.txt"
@@ -457,10 +463,14 @@ def main() -> None:
         raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, a file with one per line")
     class_names, _ = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
-    plain = args.prompting == "none"
-    weights = initial_weights(PRESETS[args.model], args.clip, args.backbone, args.backbone_weights, plain)
     options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
-    if rank == 0 and not resume:  # one process reads weights, the others get its parameters; a resumed run has its own
+    weights = initial_weights(PRESETS[args.model], args.clip, args.backbone, args.backbone_weights, plain)
+    if not resume:  # a resumed run has its own weights
+        fetch_weights(args.backbone, **weights)
+    rank, world, device = start_process(args.device)
+    torch.backends.cudnn.benchmark = True  # all crops have the same size
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    if rank == 0 and not resume:  # one process reads weights, the others get its parameters
         options |= weights
     model = build_model(args.model, class_names, **options)
 

@@ -1,17 +1,22 @@
 """Any image encoder will do: all of CLIP's, with patch and crop sizes that do not match, torchvision's ResNets and
 Swins, whose weights mean the same here, and a reader's own module, as in the README."""
 
+import json
+import sys
 import urllib.error
 
 import pytest
+import timm
 import torch
 import torchvision
-from helpers import NAMES, check_round_trip, images, readme_block, train_steps
+from helpers import NAMES, check_round_trip, error_line, images, make_folders, readme_block, run, train_steps
 from torch import nn
 from torch.nn import functional as F
 
 import backbones
-import denseclip
+import demo
+import eval as evaluation
+import train
 from backbones import PYRAMIDS, AttentionPoolBackbone, SwinPyramid, build_backbone, load_torchvision
 from clip_model import ARCHITECTURES, CLIP, MEAN, STD, Architecture
 from denseclip import PRESETS, Preset, build_model, load_checkpoint, save_checkpoint
@@ -71,7 +76,7 @@ def test_other_widths_patches_and_crops_train(architecture, crop_size, monkeypat
 @pytest.mark.parametrize("name", slow_unless(("resnet18", "swin_t"), PYRAMIDS))
 @torch.no_grad()
 def test_pyramids_at_odd_sizes(name):
-    backbone = build_backbone(name, embed_dim=32, input_resolution=64).eval()
+    backbone = AttentionPoolBackbone(build_backbone(name), embed_dim=32, input_resolution=64).eval()
     pyramid, z_bar, z = backbone(images(1, 75, 97))
     sizes = (
         [(19, 25), (10, 13), (5, 7), (3, 4)] if name != "vit_b_16" else [(16, 24), (8, 12), (4, 6), (2, 3)]
@@ -85,7 +90,7 @@ def torchvision_twin(name, folder):
     torch.manual_seed(0)
     net = torchvision.models.get_model(name, weights=None).eval()
     torch.save(net.state_dict(), folder / f"{name}.pth")
-    return net, build_backbone(name, str(folder / f"{name}.pth")).eval()
+    return net, AttentionPoolBackbone(build_backbone(name, str(folder / f"{name}.pth")), 0, 64).eval()
 
 
 @torch.no_grad()
@@ -128,17 +133,58 @@ def test_errors_about_weights(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ attention pool
 
 
+class Pyramid(nn.Module):
+    """Convolutions with these output channels, kernels and strides."""
+
+    def __init__(self, channels, strides=(4, 2, 2, 2)):
+        super().__init__()
+        steps = zip((3, *channels), channels, strides, strict=False)
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, stride, stride) for a, b, stride in steps)
+
+    def forward(self, images):
+        return [images := stage(images) for stage in self.stages]
+
+
 def test_attention_pool_is_on_the_last_map():
-    backbone = AttentionPoolBackbone(nn.Identity(), [4, 4, 4, 128], embed_dim=16, input_resolution=64)
-    maps = [torch.randn(2, c, 4, 6, requires_grad=True) for c in (4, 4, 4, 128)]
-    pyramid, z_bar, z = backbone(maps)
+    module = Pyramid((4, 4, 4, 128)).train()
+    backbone = AttentionPoolBackbone(module, embed_dim=16, input_resolution=64)
+    pyramid, z_bar, z = backbone(images(2, 128, 192))
     z.sum().backward()
-    assert maps[3].grad.abs().max() > 0  # the score map's gradients reach the module
-    expected = backbone.attnpool(maps[3])
-    assert torch.equal(z_bar, expected[0]) and torch.equal(z, expected[1]) and pyramid[3] is maps[3]
+    assert all(stage.weight.grad.abs().max() > 0 for stage in module.stages)  # the score map's gradients reach them
+    expected = backbone.attnpool(pyramid[3])
+    assert torch.equal(z_bar, expected[0]) and torch.equal(z, expected[1]) and z.shape == (2, 16, 4, 6)
+    assert backbone.channels == [4, 4, 4, 128] and module.training and backbone.training
     assert backbone.attnpool.heads == 2 and len(backbone.attnpool.positional_embedding) == 1 + 2 * 2
-    with pytest.raises(ValueError, match=r"expected feature maps of \[4, 4, 4, 128\] channels, got \[4, 4, 128\]"):
-        backbone(maps[1:])
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (Pyramid((4, 4, 64)), r"Pyramid: expected four feature maps .* got \[\(1, 4, 16, 16\), .*\(1, 64, 4, 4\)\]"),
+        (Pyramid((4, 4, 4, 64), (4, 2, 1, 2)), r"Pyramid: expected maps .* halve in size each time, got \[\(1, 4, 16"),
+        (nn.Linear(7, 7), "Linear fails on an image of 64 x 64 pixels: .*mat1 and mat2 shapes"),
+        (AttentionPoolBackbone(Pyramid((4, 4, 4, 64)), 16, 64), "pool has embed_dim=16, but this model needs 128"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(module, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_model("tiny", NAMES, backbone=module, crop_size=64)
+    assert "\n" not in str(error.value)
+
+
+def test_modules_may_return_dictionaries_and_expect_clips_normalization(tmp_path):
+    net = torchvision.models.resnet18()
+    layers = {f"layer{i}": str(i) for i in (1, 2, 3, 4)}
+    module = torchvision.models.feature_extraction.create_feature_extractor(net, layers)
+    model = build_model("tiny", NAMES, backbone=module, crop_size=64, imagenet_normalize=False).eval()
+    with torch.no_grad():
+        assert torch.equal(model.encoder.backbone(images())[0][3], module(images())["4"])
+    save_checkpoint(tmp_path / "own.pt", model)
+    with pytest.raises(ValueError, match="no backbone named 'ResNet'.* load_checkpoint.path, backbone=module"):
+        load_checkpoint(tmp_path / "own.pt")
+    loaded = load_checkpoint(tmp_path / "own.pt", backbone=module)
+    with torch.no_grad():
+        assert torch.equal(loaded(images(1, 75, 53)), model(images(1, 75, 53)))
 
 
 @torch.no_grad()
@@ -156,33 +202,73 @@ def test_language_guides_another_backbone(tmp_path):
     assert torch.allclose(score_map, expected, atol=1e-5) and torch.equal(pyramid[3][:, 512:], score_map)
 
 
-@pytest.mark.slow
-def test_readme_example_of_ones_own_module(monkeypatch, tmp_path):
-    """The README's lines, unchanged; only the weights that they would download are random."""
-    lines = readme_block("AttentionPoolBackbone")
-    with torch.device("meta"):
-        clip = {key.removeprefix("text."): value for key, value in CLIP(ARCHITECTURES["RN50"]).state_dict().items()}
-    clip |= {key: 0.02 * torch.randn(value.shape) for key, value in clip.items() if not key.startswith("visual.")}
-    load = nn.Module.load_state_dict
-    monkeypatch.setattr(denseclip, "read_weights", {"RN50": clip}.__getitem__)
-    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *_, **__: None)
-    monkeypatch.setattr(nn.Module, "load_state_dict", lambda module, state, **kw: state and load(module, state, **kw))
-    exec(lines, scope := {})
-    model = scope["model"]
-    assert isinstance(model.encoder.backbone, AttentionPoolBackbone)
-    assert torch.equal(model.encoder.text_encoder.text_projection, clip["text_projection"])
+@pytest.fixture
+def mynets(tmp_path, monkeypatch):
+    """The README's file mynets.py on the path, with random weights instead of a download."""
+    (tmp_path / "mynets.py").write_text(readme_block("timm"))
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mynets", raising=False)
+    yield "mynets:regnet"
+    sys.modules.pop("mynets", None)
 
-    losses = model.train()(images(), torch.zeros(2, 64, 64, dtype=torch.long))
-    sum(losses.values()).backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    save_checkpoint(tmp_path / "own.pt", model)
-    with pytest.raises(ValueError, match="your own module"):  # only the reader's code can build it again
-        load_checkpoint(tmp_path / "own.pt")
-    exec(lines, scope)
-    again = scope["model"].eval()
-    again.load_state_dict(denseclip.read_checkpoint(tmp_path / "own.pt")["model"])
+
+def test_backbone_of_ones_own_by_option(mynets, monkeypatch, tmp_path, capsys):
+    """The README's third-party network by train.py, eval.py and Python; a checkpoint alone never imports its code."""
+    folders, path = make_folders(tmp_path / "set", 2), tmp_path / "run" / "best.pt"
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    data = ["--val", *folders, "--workers", 0, "--device", "cpu"]
+    options = ["--train", *folders, "--classes", tmp_path / "classes.txt", "--model", "tiny", "--clip", "none"]
+    options += ["--set", "crop_size=64", "--iterations", 1, "--batch-size", 2, "--out", tmp_path / "run"]
+    run(train, monkeypatch, *data, *options, "--backbone", mynets)
+    sys.modules.pop("mynets")
+    line = error_line(evaluation, capsys, monkeypatch, "--checkpoint", path, *data)
+    assert f"best.pt: its backbone is code that is not in the file; --backbone {mynets} imports it" in line
+    assert "mynets" not in sys.modules
+    run(evaluation, monkeypatch, "--checkpoint", path, *data, "--backbone", mynets)
+    model = load_checkpoint(path, backbone=sys.modules["mynets"].regnet())
+    assert model.encoder.backbone.channels == [48, 120, 336, 888] and model.encoder.backbone.attnpool.heads == 12
+    for name, message in (
+        ("mynets:resnet", "has no attribute 'resnet'; is mynets in this folder or on PYTHONPATH"),
+        ("nowhere:net", "No module named 'nowhere'; is nowhere in this folder"),
+        ("mynets:regnet --backbone-weights file.pth", "file.pth would have no effect"),
+    ):
+        monkeypatch.setattr(train, "fetch_weights", lambda *_, **__: None)
+        line = error_line(train, capsys, monkeypatch, *data, *options, "--out", "other", "--backbone", *name.split())
+        assert message in line
+
+
+ROWS = {  # of the paper's Tables 7, 5 and 1, and beyond
+    "learned contexts": ["--model", "tiny"],
+    "template": ["--model", "tiny", "--prompting", "template+post"],
+    "Swin-T": ["--backbone", "swin_t"],
+    "ViT-B": ["--backbone", "vit_b_16"],
+    "timm's RegNet": ["--backbone", "mynets:regnet"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_ten_iterations_on_the_demos_drawings(row, mynets, monkeypatch, tmp_path):
+    demo.draw_dataset(tmp_path / "data", train=20, val=2)
+    loop, trained = train.train, []
+    monkeypatch.setattr(
+        train, "train", lambda model, *_, **options: trained.append(model) or loop(model, *_, **options)
+    )
+    options = ["--data", tmp_path / "data", "--out", tmp_path, "--clip", "none", "--set", "crop_size=64"]
+    options += [] if "--model" in ROWS[row] else ["--model", "tiny_vit"]  # its text encoder
+    options += ["--iterations", 10, "--batch-size", 4, "--warmup", 0, "--log-every", 1, "--lr", 1e-3]
+    options += ["--backbone-lr-multiplier", 1, "--workers", 0, "--device", "cpu"]
+    weights = ["--backbone-weights", "none"] if "vit_b_16" in ROWS[row] or "swin_t" in ROWS[row] else []
+    run(train, monkeypatch, *options, *weights, *ROWS[row])
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in log if "loss" in record]
+    assert len(losses) == 10 and min(losses[5:]) < losses[0]
+    loaded = load_checkpoint(tmp_path / "last.pt", backbone=mynets if mynets in ROWS[row] else None)
+    model = trained[0].eval().to(memory_format=torch.contiguous_format)
     with torch.no_grad():
-        assert torch.equal(again(images(1, 75, 53)), model.eval()(images(1, 75, 53)))
+        assert torch.equal(loaded(images(1, 75, 53)), model(images(1, 75, 53)))
 
 
 def test_swin_defaults_to_its_authors_upernet():
@@ -199,9 +285,8 @@ def test_swin_defaults_to_its_authors_upernet():
 
 
 def test_heads_of_the_pool_divide_any_width():
-    maps = [torch.randn(2, c, 2, 2) for c in (8, 8, 8, 440)]  # RegNet's width
-    pool = AttentionPoolBackbone(nn.Identity(), [8, 8, 8, 440], embed_dim=16, input_resolution=64)
-    assert pool.attnpool.heads == 5 and pool(maps)[2].shape == (2, 16, 2, 2)
+    backbone = AttentionPoolBackbone(Pyramid((8, 8, 8, 440)), embed_dim=16, input_resolution=64)  # RegNet's width
+    assert backbone.attnpool.heads == 5 and backbone(images())[2].shape == (2, 16, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +310,7 @@ def test_vit_is_torchvisions(tmp_path):
     torch.manual_seed(0)
     net = torchvision.models.vit_b_16(weights=None).eval()
     torch.save(net.state_dict(), tmp_path / "vit.pth")
-    backbone = build_backbone("vit_b_16", str(tmp_path / "vit.pth")).eval()
+    backbone = AttentionPoolBackbone(build_backbone("vit_b_16", str(tmp_path / "vit.pth")), 0, 224).eval()
     outputs = []
     for i in (3, 5, 7, 11):
         net.encoder.layers[i].register_forward_hook(lambda _, __, output: outputs.append(output))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import clip_model
-from clip_model import ARCHITECTURES, CLIP, Architecture, load_clip, read_architecture, resize_positions
+from clip_model import ARCHITECTURES, CLIP, Architecture, download, load_clip, read_architecture, resize_positions
 from tokenizer import tokenize
 
 RESNET = Architecture(64, 64, (1, 2, 1, 1), 16, 0, 64, text_layers=2)
@@ -213,3 +213,18 @@ def test_named_weights_are_downloaded_once_and_checked(server, tmp_path, monkeyp
     with pytest.raises(ValueError, match="sha256 .* expected"):
         load_clip("RN50", cache=str(cache))
     assert not list(cache.iterdir())
+
+
+def test_processes_that_want_one_file_download_it_once(server, tmp_path):
+    url, requested = server
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "big").write_bytes(data := bytes(3_000_000))
+    arguments = (f"{url}/big", tmp_path / "cache" / "big", hashlib.sha256(data).hexdigest())
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=download, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4 and requested == [None]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["big"]

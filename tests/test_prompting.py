@@ -125,7 +125,7 @@ def test_options_of_another_type_are_refused():
     [
         ({"prompting": "both"}, "choose one of post, pre, learned"),
         ({"head": "fcn"}, "choose one of fpn, upernet"),
-        ({"backbone": "resnet7"}, "expected one of resnet18, resnet50"),
+        ({"backbone": "resnet7"}, "choose one of resnet18, resnet50"),
         ({"prompting": "pre", "gamma": 1.0}, "it needs post-model prompting (prompting=pre)"),
         ({"prompting": "learned", "gamma": 1.0}, "it needs post-model prompting (prompting=learned)"),
         ({"prompting": "learned", "decoder_layers": 3}, "it needs a context decoder"),

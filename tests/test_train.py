@@ -327,6 +327,19 @@ def test_logged_losses_are_means_over_processes(folders, tmp_path):
     assert first != second and record["total"] == pytest.approx(sum(first + second) / 4, rel=1e-5)
 
 
+def test_weights_are_fetched_before_the_processes_join(folders, tmp_path, monkeypatch, capsys):
+    """A download may outlast the process group's timeout; wrong data is found before it begins."""
+    calls = []
+    monkeypatch.setattr(training, "find_weights", lambda name: calls.append(name))
+    monkeypatch.setattr(training, "start_process", lambda device: calls.append("join") or (0, 1, torch.device("cpu")))
+    monkeypatch.setattr(training, "build_model", lambda *_, **weights: calls.append(weights["clip"]) or exit(0))
+    with pytest.raises(SystemExit):
+        run(training, monkeypatch, *arguments(folders, tmp_path / "run"), "--clip", "RN50")
+    assert calls == ["RN50", "join", "RN50"]
+    assert "no data set here" in error_line(training, capsys, monkeypatch, "--data", tmp_path, "--out", tmp_path / "other")
+    assert len(calls) == 3
+
+
 def test_bf16_trains(folders, tmp_path):
     small_run(folders, tmp_path, Recipe(iterations=2, batch_size=2, warmup=0, precision="bf16", short_side=64))
     assert all(p.dtype == torch.float32 for p in load_checkpoint(tmp_path / "last.pt").parameters())
