@@ -1,21 +1,27 @@
-"""Every experiment in REPRODUCTION.md has a command that parses, and whose model builds: no row can rot."""
+"""Every experiment in REPRODUCTION.md has a command that parses and whose model builds, and the batch, iterations, crop
+and cost in its row are those of the run that it starts: no row can rot."""
 
 import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import make_folders, run
 from PIL import Image
 
+import coco
 import detect
 import train as training
+from data import read_classes
+from experiments.tables import gpu_days, training_cost
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = (ROOT / "REPRODUCTION.md").read_text(encoding="utf-8").partition("## Differences")[0]
-COMMANDS = re.findall(r"^\|.*\| `python ((?:train|detect)\.py.*?)` \|", TABLE, re.MULTILINE)
+HEADER = "| experiment | paper | command | batch x iterations | crop | multiply-adds, P | GPU-days (estimate) | notes |"
+ROWS = re.findall(r"^\|.*\| `python ((?:train|detect)\.py.*?)` \| ((?:[^|]* \| ){3}[^|]*) \|", TABLE, re.MULTILINE)
 QUICK = (
     "train.py",
     "train.py --backbone swin_t",
@@ -41,7 +47,7 @@ def folder(tmp_path_factory):
         square = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
         square["segmentation"] = [[5, 5, 25, 5, 25, 25, 5, 25]]
         content = {"images": [{"id": 1, "file_name": "1.png", "width": 64, "height": 48}], "annotations": [square]}
-        content["categories"] = [{"id": 1, "name": "square"}]
+        content["categories"] = [{"id": i, "name": name} for i, name in enumerate(read_classes("coco")[0], start=1)]
         (root / "data/coco/annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
 
@@ -60,16 +66,18 @@ def test_every_table_is_there():
         "Figure 2",
     ):
         assert f"| {title}: " in TABLE, title
-    assert len(COMMANDS) == 40
+    assert HEADER in TABLE and len(ROWS) == 40
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in COMMANDS])
-def test_commands_parse_and_their_models_build(command, folder, monkeypatch, tmp_path):
+def plan(command, folder, monkeypatch, out):
+    """The model, on the meta device, and the recipe that a command would train."""
     script, *options = shlex.split(command)
     module = {"train.py": training, "detect.py": detect}[script]
     runs = []
     monkeypatch.chdir(folder)
     monkeypatch.setattr(module, "train", lambda model, train_set, recipe, *_, **__: runs.append((model, recipe)))
+    epoch = -(-117_266 // 16) * 16  # train2017's images in full batches
+    monkeypatch.setattr(coco.CocoDetection, "sampler", lambda *_: SimpleNamespace(size=epoch))
     for name in ("format_table", "format_ap_table"):
         monkeypatch.setattr(module, name, lambda *_: "", raising=False)
     options = [option for option in options if not option.endswith(".pth")]
@@ -83,13 +91,28 @@ def test_commands_parse_and_their_models_build(command, folder, monkeypatch, tmp
 
     monkeypatch.setattr(module, "build_model", build_on_meta)
     weights = ["--clip", "none", "--backbone-weights", "none"]
-    run(module, monkeypatch, *options, *weights, "--device", "cpu", "--out", tmp_path / "run")
-    ((model, recipe),) = runs
-    plain = "--prompting none" in command
-    assert hasattr(model.encoder, "text_encoder") != plain
-    if script == "train.py":
+    run(module, monkeypatch, *options, *weights, "--device", "cpu", "--out", out)
+    return runs[0]
+
+
+def planned_cells(model, recipe):
+    """The cells of a row, from batch to GPU-days."""
+    training.parameter_groups(model, recipe)  # freezes what training freezes
+    cost = training_cost(model, recipe.batch_size) * recipe.iterations / 1e6
+    size = model.crop_size if hasattr(model, "crop_size") else model.short_side
+    return f"{recipe.batch_size} x {recipe.iterations:,} | {size} | {cost:,.0f} | {gpu_days(cost):.1f}"
+
+
+@pytest.mark.parametrize(
+    "command, cells", [pytest.param(*row, marks=() if row[0] in QUICK else pytest.mark.slow) for row in ROWS]
+)
+def test_commands_train_what_their_rows_say(command, cells, folder, monkeypatch, tmp_path):
+    model, recipe = plan(command, folder, monkeypatch, tmp_path / "run")
+    assert hasattr(model.encoder, "text_encoder") != ("--prompting none" in command)
+    if command.startswith("train.py"):
         assert recipe.iterations == (160_000 if "swin" in command else 80_000) and recipe.reduce_zero_label
         assert model.crop_size == (640 if "vit" in command else 512)
     else:
         assert (recipe.batch_size, recipe.schedule, recipe.clip_grad) == (16, "step", 0.1)
         assert recipe.lr == (2e-4 if "mask" in command else 1e-4)
+    assert planned_cells(model, recipe) == cells
