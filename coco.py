@@ -328,16 +328,16 @@ def evaluate_detection(
 
 
 def to_results(detections: dict[str, Tensor], image_id: int | str, category_ids: list[int]) -> list[dict]:
-    """One image's detections in COCO's results format: bbox [x, y, width, height], masks as RLE."""
+    """One image's detections in COCO's results format: bbox [x, y, width, height]; with pycocotools, masks as RLE."""
     boxes, scores, labels = (detections[name].cpu() for name in ("boxes", "scores", "labels"))
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
     results = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": [round(v, 3) for v in box], "score": score}
         for box, score, label in zip(boxes, scores.tolist(), labels.tolist(), strict=True)
     ]
-    if "masks" in detections and results:
-        masks = np.asfortranarray(detections["masks"].cpu().numpy().transpose(1, 2, 0).astype(np.uint8))  # (H, W, N)
-        for result, rle in zip(results, coco_mask.encode(masks), strict=True):
+    if "masks" in detections and COCO is not None:
+        for result, mask in zip(results, detections["masks"].cpu().numpy(), strict=True):  # (H, W), one at a time
+            rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
             result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
     return results
 

@@ -8,7 +8,7 @@ deviation; labels are (H, W), int64, in [0, K), or 255 for pixels that count nei
 """
 
 import argparse
-import colorsys
+import functools
 import itertools
 import shutil
 import sys
@@ -55,16 +55,21 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
             raise ValueError(f"{path}:{number}: {line!r}; expected UTF-8: name, or name, R, G, B (0..255) with tabs")
         if name in colors:
             raise ValueError(f"{path}:{number}: class {name!r} is in the list twice; every class needs its own name")
-        colors[name] = tuple(map(int, color)) if color else default_color(len(colors))
+        colors[name] = tuple(map(int, color)) if color else default_colors(256)[len(colors) % 256]
     if not colors:
         raise ValueError(f"{path}: the class list is empty; write one class name per line")
     return list(colors), list(colors.values())
 
 
-def default_color(index: int) -> tuple[int, int, int]:
-    """A color for a class without one: hues a golden ratio apart never repeat, and the brightness alternates."""
-    rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, (0.95, 0.65)[index % 2])
-    return tuple(round(255 * c) for c in rgb)
+@functools.cache
+def default_colors(number: int) -> list[tuple[int, int, int]]:
+    """Colors for classes without: each is the one farthest in RGB from black, white, gray and those before it."""
+    grid = np.stack(np.meshgrid(*[np.linspace(30, 250, 8)] * 3), axis=-1).reshape(-1, 3).round().astype(int)  # (512, 3)
+    colors, distance = [], np.min([np.linalg.norm(grid - gray, axis=1) for gray in (0, 128, 255)], axis=0)  # (512,)
+    while len(colors) < number:
+        colors.append(tuple(grid[distance.argmax()].tolist()))
+        distance = np.minimum(distance, np.linalg.norm(grid - colors[-1], axis=1))
+    return colors
 
 
 def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
@@ -112,20 +117,22 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Any image file as RGB, (3, H, W) uint8: gray, palette, CMYK and 1-bit are converted, alpha is dropped, 16-bit
-    gray is scaled to 8 bits. EXIF orientation is not applied: masks and boxes refer to the pixels as stored."""
-    image = open_image(path)
+    """Any image file as RGB, (3, H, W) uint8. EXIF orientation is not applied: masks refer to stored pixels."""
+    pixels = np.array(to_rgb(open_image(path), path))
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # channels last in memory, the fast case for resizing
+
+
+def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    """Gray, palette, CMYK and 1-bit images are converted, alpha is dropped, 16-bit gray is scaled to 8 bits."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
         gray = np.asarray(image).astype(np.int64)  # (H, W)
         if gray.min() < 0 or gray.max() > 65535:
             raise ValueError(f"{path}: values up to {gray.max()} do not fit into 16 bits; save it with 8 or 16 bits")
-        pixels = np.repeat(((gray + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    elif image.mode in ("F", "LAB"):
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "LAB"):
         raise ValueError(f"{path}: images of mode {image.mode} have no standard RGB form; save it as RGB or gray")
-    else:
-        via = image.convert("RGBA") if "transparency" in image.info else image  # or Pillow warns about palettes
-        pixels = np.array(via.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # channels last in memory, the fast case for resizing
+    via = image.convert("RGBA") if "transparency" in image.info else image  # or Pillow warns about palettes
+    return via.convert("RGB")
 
 
 class SegmentationDataset(torch.utils.data.Dataset):

@@ -46,7 +46,6 @@ from clip_model import (
     resize_positions,
 )
 from heads import FPN, FCNHead, SemanticFPNHead, UperNetHead, resize
-from tokenizer import encode, tokenize
 
 # ------------------------------------------------------------------------------------------------ the method
 
@@ -56,7 +55,7 @@ class LanguageGuidedEncoder(nn.Module):
 
     backbone:        images -> (pyramid, global_embedding, visual_embeddings); its attribute `channels` lists the
                      pyramid's channels, `score_level` is the index of the map with visual_embeddings' size
-    text_encoder:    CLIP's, frozen; gradients flow through it to the contexts
+    text_encoder:    CLIP's, frozen; gradients flow through it to the contexts. Or StoredText, after `freeze_text`
     num_contexts:    N learned context vectors before each class name, Eq. (3); 0: `templates` alone
     prompt_decoder:  for pre-model prompting, Eq. (4): (queries, memory) -> (B, N, text width)
     context_decoder: for post-model prompting, Eqs. (5) and (6): (text_embeddings, memory) -> (B, K, C)
@@ -68,7 +67,7 @@ class LanguageGuidedEncoder(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        text_encoder: TextEncoder,
+        text_encoder: "TextEncoder | StoredText",
         class_names: list[str],
         prompt_decoder: nn.Module | None = None,
         context_decoder: nn.Module | None = None,
@@ -92,6 +91,7 @@ class LanguageGuidedEncoder(nn.Module):
             self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_contexts, text_encoder.width)))
         if context_decoder is not None:
             self.gamma = nn.Parameter(torch.full((text_encoder.embed_dim,), float(gamma)), requires_grad=learn_gamma)
+        self.class_names = []
         self.set_class_names(class_names)
         self.channels = list(backbone.channels)  # of the pyramid that forward returns
         if join_score_map:
@@ -129,35 +129,56 @@ class LanguageGuidedEncoder(nn.Module):
         """
         if self.prompt_decoder is not None:
             # Eq. (4): v = TransDecoder(q, [z_bar, z]), and v replaces p in Eq. (3)
-            contexts = self.prompt_decoder(self.queries.expand(len(memory), -1, -1), memory)  # (B, N, D)
+            contexts = self.prompt_decoder(self.queries.expand(memory.shape[0], -1, -1), memory)  # (B, N, D)
             return self.text_encoder(self.tokens, contexts)  # (B, K, C)
-        if self.training:
-            return self.encode_text().expand(len(memory), -1, -1)
+        if self.training or isinstance(self.text_encoder, StoredText):
+            return self.encode_text().expand(memory.shape[0], -1, -1)
         if self.cached_text is None:
             # In full precision and usable by autograd, whatever mode the first caller was in.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.tokens.device.type, enabled=False):
                 self.cached_text = self.encode_text()
-        return self.cached_text.expand(len(memory), -1, -1)
+        return self.cached_text.expand(memory.shape[0], -1, -1)
 
     def encode_text(self) -> Tensor:
         """t = TextEncoder([p, e_k]), Eq. (3), (1, K, C). Several templates are averaged as in CLIP's zero-shot."""
+        if isinstance(self.text_encoder, StoredText):
+            return self.text_encoder.embeddings
         text = self.text_encoder(self.tokens, self.contexts).view(len(self.templates), -1, self.text_encoder.embed_dim)
         return text if len(text) == 1 else F.normalize(text, dim=2).mean(0, keepdim=True)
 
-    def set_class_names(self, class_names: list[str]) -> None:
-        """Use these class names from now on; a trained head needs the same number."""
-        check_class_names(class_names)
-        texts = [template.format(name) for template in self.templates for name in class_names]
-        # Released code: always 5 tokens; a name of more than 3 is an error. Here the longest name decides.
+    @torch.no_grad()
+    def freeze_text(self) -> None:
+        """Store the class names' embeddings and drop the text encoder. Outputs in evaluation mode stay the same."""
+        if self.prompt_decoder is not None:
+            raise ValueError("pre-model prompting needs the text encoder: its contexts come from each image, Eq. (4)")
+        if not isinstance(self.text_encoder, StoredText):
+            self.text_encoder, self.contexts, self.num_contexts = StoredText(self.encode_text()), None, 0
+
+    def set_class_names(self, class_names: list[str], any_number: bool = False) -> None:
+        """Use these class names from now on.
+
+        any_number: of score maps alone, which then no longer join the pyramid; a trained head needs the same number
+        """
+        check_class_names(class_names, 0 if any_number else len(self.class_names))
+        if any_number:
+            self.join_score_map, self.channels = False, list(self.backbone.channels)
+        if not isinstance(self.text_encoder, StoredText):
+            texts = [template.format(name) for template in self.templates for name in class_names]
+            self.register_buffer("tokens", self.tokenize(texts), persistent=False)  # (templates * K, L)
+        elif self.class_names not in ([], list(class_names)):
+            raise ValueError("this model's text encoder was dropped by freeze_text; use the model it was made from")
+        self.class_names, self.cached_text = list(class_names), None
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """(len(texts), L). Released code: L is 5, more than 3 tokens are an error. Here the longest name decides."""
+        from tokenizer import encode, tokenize  # here, so that a model with stored text needs no vocabulary
+
         longest = max(texts, key=lambda text: len(encode(text)))
         length = max(5, 2 + len(encode(longest)))
         room = self.text_encoder.context_length - self.num_contexts
         if length > room:
             raise ValueError(f"class name {longest!r} has {length} tokens, but the text encoder has room for {room}")
-        device = self.text_encoder.token_embedding.weight.device
-        self.register_buffer("tokens", tokenize(texts, length).to(device), persistent=False)  # (templates * K, L)
-        self.class_names = list(class_names)
-        self.cached_text = None
+        return tokenize(texts, length).to(self.text_encoder.token_embedding.weight.device)
 
     # Whatever else may change the text drops the cached one: training, moving or casting, loading weights.
 
@@ -174,17 +195,29 @@ class LanguageGuidedEncoder(nn.Module):
         super()._load_from_state_dict(*args)
 
 
+class StoredText(nn.Module):
+    """Text embeddings (1, K, C) of fixed class names instead of the text encoder."""
+
+    def __init__(self, embeddings: Tensor):
+        super().__init__()
+        self.embed_dim, self.width = embeddings.shape[2], 0
+        self.register_buffer("embeddings", embeddings)
+
+
 class PlainEncoder(nn.Module):
     """The baselines without language: the backbone's pyramid, unchanged."""
 
     def __init__(self, backbone: nn.Module, class_names: list[str]):
         super().__init__()
-        check_class_names(class_names)
-        self.backbone, self.class_names = backbone, list(class_names)
-        self.channels = list(backbone.channels)
+        self.backbone, self.class_names, self.channels = backbone, [], list(backbone.channels)
+        self.set_class_names(class_names)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], None, None]:
         return self.backbone(images)[0], None, None
+
+    def set_class_names(self, class_names: list[str]) -> None:
+        check_class_names(class_names, len(self.class_names))
+        self.class_names = list(class_names)
 
 
 class DenseCLIP(nn.Module):
@@ -199,11 +232,19 @@ class DenseCLIP(nn.Module):
         self.encoder, self.neck, self.decode_head = encoder, neck, decode_head
         self.fcn_head = FCNHead(encoder.channels[2], len(encoder.class_names)) if settings.fcn_weight else None
         self.name, self.settings = name, settings  # what a checkpoint needs to build the model again
-        self.crop_size, self.aux_weight, self.tau = settings.crop_size, settings.aux_weight, settings.tau
+        self.crop_size, self.short_side = settings.crop_size, settings.short_side  # pixels
+        self.aux_weight, self.tau = settings.aux_weight, settings.tau
 
     @property
     def class_names(self) -> list[str]:
         return self.encoder.class_names
+
+    def freeze_text(self) -> "DenseCLIP":
+        """Drop the text encoder, see `LanguageGuidedEncoder.freeze_text`; return the model."""
+        if self.settings.prompting != "none":
+            self.encoder.freeze_text()
+            self.settings = replace(self.settings, stored_text=True)
+        return self
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         pyramid, score_map, _ = self.encoder(images)  # Eqs. (1) to (6): (B, C_i, H_i, W_i), (B, K, H4, W4)
@@ -368,10 +409,12 @@ class Settings:
     backbone: str | None = None  # image encoder, one of backbones.PYRAMIDS or package.module:function; CLIP's own
     imagenet_normalize: bool | None = None  # the backbone expects ImageNet's mean and std, not CLIP's; True
     crop_size: int | None = None  # pixels per side of training crop, test window and positional grid; the preset's
+    short_side: int | None = None  # pixels; images are resized to fit (2048, this); crop_size, for detectors 800
     drop_path: float | None = None  # of CLIP's ViT, the preset's; of Swin, 0.3
     double_class_embedding: bool | None = None  # Released code: CLIP's ViT adds its class embedding twice; True
     quick_gelu: bool | None = None  # False for weights trained with GELU, such as most of open_clip's; True
     context_length: int | None = None  # positions of the text encoder; 77
+    stored_text: bool | None = None  # set by freeze_text: text embeddings instead of the text encoder; False
 
 
 def resolve(settings: Settings, preset: Preset) -> Settings:
@@ -402,7 +445,9 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
         "quick_gelu": (True, language or vit, "a transformer of CLIP's"),
         "imagenet_normalize": (True, s.backbone is not None, "a backbone that is not CLIP's"),
         "context_length": (77, language, "a text encoder"),
+        "stored_text": (False, language and source != "image", "text that does not depend on the image"),
     }
+    rules["short_side"] = (800 if preset.detection else s.crop_size or rules["crop_size"][0], True, "")
     for name, (default, has_effect, needs) in rules.items():
         value = getattr(s, name)
         if value is None and has_effect:
@@ -410,17 +455,12 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
         elif value is not None and not has_effect:
             what = f"prompting={s.prompting}" + (f", backbone={s.backbone}" if s.backbone else "")
             raise ValueError(f"{name}={value} would have no effect: it needs {needs} ({what}); leave it out")
-    ranges = {"num_contexts": (1, 64), "decoder_layers": (1, 64), "crop_size": (32, 8192), "context_length": (5, 1024)}
-    ranges |= {
-        "gamma": (-1e3, 1e3),
-        "aux_weight": (0, 1e3),
-        "fcn_weight": (0, 1e3),
-        "tau": (1e-4, 1e3),
-        "drop_path": (0, 0.99),
-    }
-    for name, (low, high) in ranges.items():
-        if (value := getattr(s, name)) is not None and not low <= value <= high:
-            raise ValueError(f"{name} is {value}, it must be from {low} to {high}")
+    ranges = {"num_contexts decoder_layers": (1, 64), "crop_size short_side": (32, 8192), "context_length": (5, 1024)}
+    ranges |= {"gamma": (-1e3, 1e3), "aux_weight fcn_weight": (0, 1e3), "tau": (1e-4, 1e3), "drop_path": (0, 0.99)}
+    for names, (low, high) in ranges.items():
+        for name in names.split():
+            if (value := getattr(s, name)) is not None and not low <= value <= high:
+                raise ValueError(f"{name} is {value}, it must be from {low} to {high}")
     if s.templates is not None and not (s.templates and all(str(text).count("{}") == 1 for text in s.templates)):
         raise ValueError(f"templates={s.templates}: expected texts with one {{}} each, for the class name")
     if language and not (s.aux_weight or s.join_score_map):
@@ -471,12 +511,11 @@ def build_encoder(
     if backbone is not None:  # imports are here, so that for ResNets a copy of this file works without backbones.py
         from backbones import AttentionPoolBackbone, build_backbone
 
-        module = build_backbone(backbone, backbone_weights, s.drop_path) if isinstance(backbone, str) else backbone
-        if not isinstance(module, AttentionPoolBackbone):
-            module = AttentionPoolBackbone(module, embed_dim, s.crop_size, s.imagenet_normalize)
-        if module.embed_dim != embed_dim:
-            raise ValueError(f"the backbone's pool has embed_dim={module.embed_dim}, but this model needs {embed_dim}")
-        image_encoder = module
+        image_encoder = build_backbone(name, backbone_weights, s.drop_path) if backbone is name else backbone
+        if not isinstance(image_encoder, AttentionPoolBackbone):
+            image_encoder = AttentionPoolBackbone(image_encoder, embed_dim, s.crop_size, s.imagenet_normalize)
+        if (found := image_encoder.embed_dim) != embed_dim:
+            raise ValueError(f"the backbone's pool has embed_dim={found}, but this model needs {embed_dim}")
     elif a.patch_size:
         from backbones import PyramidViT
 
@@ -489,16 +528,16 @@ def build_encoder(
         encoder = PlainEncoder(image_encoder, class_names)
     else:
         sizes = {"width": preset.decoder_width, "layers": s.decoder_layers}
+        text_sizes = (a.embed_dim, a.text_width, a.text_layers, s.context_length, a.vocab_size, s.quick_gelu)
+        stored = StoredText(torch.zeros(1, len(class_names), a.embed_dim)) if s.stored_text else None
         encoder = LanguageGuidedEncoder(
             image_encoder,
-            TextEncoder(a.embed_dim, a.text_width, a.text_layers, s.context_length, a.vocab_size, s.quick_gelu),
+            stored or TextEncoder(*text_sizes),
             class_names,
             prompt_decoder=ContextDecoder(a.embed_dim, a.text_width, **sizes) if source == "image" else None,
             context_decoder=ContextDecoder(a.embed_dim, **sizes) if refined else None,
-            num_contexts=s.num_contexts or 0,
-            gamma=s.gamma,
-            learn_gamma=s.learn_gamma,
-            join_score_map=s.join_score_map,
+            num_contexts=0 if s.stored_text else s.num_contexts or 0,
+            **{name: getattr(s, name) for name in ("gamma", "learn_gamma", "join_score_map")},
             score_temperature=s.tau if preset.detection else 1.0,
             templates=s.templates or ("{}",),
         )
@@ -507,13 +546,16 @@ def build_encoder(
     return encoder, s
 
 
-def check_class_names(class_names: list[str]) -> None:
-    """A ValueError unless class_names is a list of different, non-empty names."""
+def check_class_names(class_names: list[str], number: int = 0) -> None:
+    """A ValueError unless class_names is a list of different, non-empty names, as many as `number` if that is not 0."""
     if isinstance(class_names, str) or not class_names or not all(class_names):
         raise ValueError(f"expected a list of class names, none of them empty, got {class_names!r}")
     repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
     if repeated:
         raise ValueError(f"class names must differ, but {', '.join(map(repr, repeated))} occurs more than once")
+    if number and len(class_names) != number:
+        how = f"whose head needs {number}; predict.py --classes draws score maps of any names"
+        raise ValueError(f"{len(class_names)} class names for a model trained with {number}, {how}")
 
 
 def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> None:
@@ -580,35 +622,34 @@ def read_tensors(path: str | Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's messages run over many lines and do not name the file
-        reason = f"not a readable checkpoint, perhaps cut short ({str(error).strip().partition(chr(10))[0]})"
+        reason = f"perhaps cut short ({str(error).strip().partition(chr(10))[0]})"
         if isinstance(error, pickle.UnpicklingError):
-            reason = (
-                "not a checkpoint, or one with more than tensors and built-in types; if it is the authors' and you "
-            )
-            reason += f"trust it, python convert.py {path} OURS.pt --unsafe runs whatever code it holds"
-        raise ValueError(f"{path}: {reason}") from None
+            reason = "or it holds more than tensors and built-in types; if it is the authors' and you trust it, "
+            reason += f"python convert.py {path} OURS.pt --unsafe runs whatever code it holds"
+        raise ValueError(f"{path}: not a readable checkpoint, {reason}") from None
 
 
-def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -> DenseCLIP:
-    """The segmentation model saved by train.py, in evaluation mode on the CPU. backbone: see `restore_model`."""
-    return restore_model(read_checkpoint(path), path, build_model, backbone)
+def load_checkpoint(path: str | Path, class_names: list[str] | None = None, **backbone) -> DenseCLIP:
+    """The segmentation model saved by train.py, in evaluation mode on the CPU. Options: see `restore_model`."""
+    return restore_model(read_checkpoint(path), path, build_model, class_names, **backbone)
 
 
-def restore_model(
-    checkpoint: dict, path: str | Path, build: Callable[..., nn.Module], backbone: str | nn.Module | None = None
-) -> nn.Module:
+def restore_model(checkpoint: dict, path: str | Path, build: Callable, class_names=None, backbone=None) -> nn.Module:
     """The model in what `read_checkpoint` read from path; `build` is build_model, of this file or detection.py.
 
-    backbone: a backbone of your own, as it was given for training; a checkpoint alone never imports code
+    class_names: list of other names for the same classes, such as synonyms
+    backbone:    module or string of your own, as it was given for training; a checkpoint alone never imports code
     """
-    settings, trained = checkpoint["settings"], checkpoint["settings"].get("backbone") or ""
-    if ":" in trained and backbone is None:
-        raise ValueError(f"{path}: its backbone is code that is not in the file; --backbone {trained} imports it")
-    if backbone is not None:
-        settings = {**settings, "backbone": backbone}
+    settings = {"short_side": checkpoint.get("run", {}).get("short_side"), **checkpoint["settings"]}
+    if ":" in (settings.get("backbone") or "") and backbone is None:
+        how = f"--backbone {settings['backbone']} imports it"
+        raise ValueError(f"{path}: its backbone is code that is not in the file; {how}")
+    settings["backbone"] = settings.get("backbone") if backbone is None else backbone
     try:
         model = build(checkpoint["name"], checkpoint["class_names"], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its model cannot be built: {error}") from None
     load_weights(model, checkpoint["model"], str(path))
+    if class_names is not None:
+        model.encoder.set_class_names(class_names)
     return model.eval()

@@ -1,37 +1,46 @@
-"""Train and score the detectors: RetinaNet and Mask R-CNN, box and mask AP on COCO. By default `train` follows the
+"""Train, score and use the detectors: RetinaNet and Mask R-CNN, box and mask AP on COCO. By default `train` follows the
 paper's schedule.
 
     python detect.py train --model retinanet_rn50 --data data/coco --out runs/retinanet     # --accumulate 8 on one GPU
     torchrun --standalone --nproc_per_node 8 detect.py train --model mask_rcnn_rn50 --out runs/mask_rcnn
     python detect.py train --train IMAGES JSON --val IMAGES JSON --iterations 2000 --warmup 100 --out runs/mine
     python detect.py eval --checkpoint runs/mask_rcnn/best.pt                               # or torchrun, as above
+    python detect.py predict photo.jpg FOLDER "*.png" --checkpoint runs/mask_rcnn/best.pt   # pictures and JSON
 
 Data is a folder of images and a JSON file in COCO's format, with polygons or RLE masks for Mask R-CNN; the file's
-categories are the classes. The loop is train.py's: same options, --resume, files in --out. Needs pycocotools.
+categories are the classes. The loop is train.py's: same options, --resume, files in --out. `train` and `eval` need
+pycocotools; `predict` needs it only to write masks into its JSON.
 """
 
 import argparse
+import json
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
+import coco
 from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
-from data import run_script
+from data import default_colors, run_script, to_rgb
 from denseclip import read_checkpoint, restore_model
-from detection import PRESETS, build_model
+from detection import PRESETS, Detector, Instances, build_model
 from eval import start_process, write_scores
+from predict import check_outputs, find_images, for_each_image, open_photo
 from train import Recipe, add_options, fetch_weights, find_run, initial_weights, parse_settings, positive, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
-RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1, short_side=800)
+RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1)
 
 
 def add_data_options(parser: argparse.ArgumentParser, training: bool) -> None:
     option = parser.add_argument_group("data").add_argument
-    option("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
+    default = "data/coco" if training else "training's validation set, or data/coco"
+    option("--data", default="data/coco" if training else None, metavar="ROOT", help=f"data set (default: {default})")
     if training:
         option("--train", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
     option("--val", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
@@ -46,15 +55,15 @@ def train_detector(args: argparse.Namespace) -> None:
         raise ValueError("--train also needs --val: a folder of images and a JSON file to score the model on")
     args.model = args.model or next(iter(PRESETS))
     resume, plain = find_run(args.out, args.resume), args.prompting == "none"
-    short_side = args.short_side or RECIPE.short_side
-    limits, load_masks = detection_limits(short_side), args.model.startswith("mask")
+    options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
+    options["short_side"] = args.short_side or 800
+    limits, load_masks = detection_limits(options["short_side"]), args.model.startswith("mask")
     train_files = args.train or find_coco(args.data, "train")
     val_files = args.val or find_coco(args.data, "val")
     train_set = CocoDetection(*train_files, DetectionTransform(limits, flip=0.5), load_masks=load_masks, train=True)
     names = train_set.class_names
     val_set = CocoDetection(*val_files, DetectionTransform(limits), names, load_masks=load_masks)
 
-    options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
     preset = PRESETS[args.model].encoder
     weights = initial_weights(preset, args.clip, args.backbone, args.backbone_weights, plain)
     if not resume:  # a resumed run has its own weights
@@ -67,12 +76,7 @@ def train_detector(args: argparse.Namespace) -> None:
 
     epoch = train_set.sampler(args.batch_size, 0, 0, 1, 0).size  # images
     lr = (2e-4 if load_masks else 1e-4) if args.lr is None else args.lr  # the paper's
-    known = {
-        "short_side": short_side,
-        "iterations": args.iterations or 12 * epoch // args.batch_size,
-        "lr": lr,
-        **weights,
-    }
+    known = {"iterations": args.iterations or 12 * epoch // args.batch_size, "lr": lr, **weights}
     recipe = replace(RECIPE, **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
     if rank == 0:
         print(f"{model.name}, {world} x {device}, writing to {args.out}\n{train_set.summary()}\n{val_set.summary()}")
@@ -80,6 +84,7 @@ def train_detector(args: argparse.Namespace) -> None:
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
     evaluate_model = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
     options = {"evaluate_model": evaluate_model, "score": "box_ap", "resume": resume}
+    options["data"] = {"val": [str(Path(path).resolve()) for path in val_files]}
     metrics = train(model, train_set, recipe, args.out, device, **options, **loop)
     if rank == 0:
         print(format_ap_table(metrics, names))
@@ -89,9 +94,12 @@ def train_detector(args: argparse.Namespace) -> None:
 def score_detector(args: argparse.Namespace) -> None:
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = restore_model(checkpoint, args.checkpoint, build_model, args.backbone).to(device)
-    short_side = args.short_side or checkpoint.get("run", {}).get("short_side", RECIPE.short_side)
-    files, limits = args.val or find_coco(args.data, "val"), detection_limits(short_side)
+    model = restore_model(checkpoint, args.checkpoint, build_model, backbone=args.backbone).to(device)
+    limits = detection_limits(args.short_side or model.short_side)
+    files = args.val or (None if args.data else checkpoint.get("data", {}).get("val"))
+    files = files or find_coco(args.data or "data/coco", "val")
+    if not args.val and (gone := [path for path in files if not Path(path).exists()]):
+        raise FileNotFoundError(f"{gone[0]}: the validation set of training is not here; give --val IMAGES JSON")
     names, load_masks = model.class_names, model.name.startswith("mask")
     dataset = CocoDetection(*files, DetectionTransform(limits), names, load_masks=load_masks)
     if rank == 0:
@@ -103,10 +111,90 @@ def score_detector(args: argparse.Namespace) -> None:
             write_scores(args.json, len(dataset), names, metrics)
 
 
+@torch.no_grad()
+def predict(model: Detector, image: Image.Image, short_side: int | None = None) -> Instances:
+    """What `model` finds in an image of any size, which is resized to the scale of training or to `short_side` pixels.
+
+        model = detection.load_checkpoint("runs/mine/best.pt")
+        found = predict(model, open_photo("photo.jpg"))  # EXIF orientation applied; PIL.Image.open does not
+        names = [model.class_names[label] for label in found["labels"]]
+
+    return: in pixels of the image, best first: boxes (N, 4), scores (N,), labels (N,), for Mask R-CNN masks (N, H, W)
+    """
+    pixels = torch.from_numpy(np.array(to_rgb(image, "the image"))).permute(2, 0, 1)  # (3, H, W) uint8
+    transform = DetectionTransform(detection_limits(short_side or model.short_side))
+    resized, _ = transform(pixels, {"boxes": torch.zeros(0, 4)})  # (3, h, w) float
+    return model([resized.to(next(model.parameters()).device)], sizes=[pixels.shape[1:]])[0]
+
+
+def draw_detections(photo: Image.Image, found: Instances, class_names: list[str]) -> Image.Image:
+    """The photo with masks, boxes, class names and scores, the best on top. Lines and text grow with the photo, and one
+    of fewer than 512 pixels is enlarged by a whole number, so that both can be read."""
+    colors, pixels = default_colors(len(class_names)), np.array(photo)  # (H, W, 3)
+    zoom = -(-512 // max(photo.size))
+    boxes, labels, scores = (found["boxes"] * zoom).tolist(), found["labels"].tolist(), found["scores"].tolist()
+    order = range(len(boxes))[::-1]  # the best last
+    for i in order if "masks" in found else ():
+        mask = found["masks"][i].cpu().numpy()  # (H, W)
+        pixels[mask] = pixels[mask] // 2 + np.uint8(colors[labels[i]]) // 2
+    picture = Image.fromarray(pixels).resize((photo.width * zoom, photo.height * zoom), Image.Resampling.NEAREST)
+    draw, side = ImageDraw.Draw(picture), max(picture.size)
+    line, font = round(side / 400), ImageFont.load_default(side / 50)  # pixels
+    for i in order:
+        x1, y1, x2, y2 = boxes[i]
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colors[labels[i]], width=line)
+    for i in order:  # after all boxes, so that none crosses a name
+        text, color = f"{class_names[labels[i]]} {scores[i]:.2f}", colors[labels[i]]
+        _, _, width, height = (end + 2 * line for end in draw.textbbox((0, 0), text, font))
+        x, y = boxes[i][0], boxes[i][1] - height  # above the box, or inside at the top of the photo
+        x, y = max(min(x, picture.width - width), 0), y if y >= 0 else boxes[i][1]
+        draw.rectangle((x, y, x + width, y + height), fill=color)
+        bright = np.dot(color, (0.299, 0.587, 0.114)) > 128
+        draw.text((x + line, y + line), text, "black" if bright else "white", font)
+    return picture
+
+
+def predict_files(args: argparse.Namespace) -> None:
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold}: expected a score from 0 to 1")
+    paths, file = find_images(args.paths), args.out / "detections.json"
+    pictures = {path: args.out / f"{path.stem}.png" for path in paths}
+    check_outputs(paths, [*pictures.values(), file])
+    if file.exists() and not args.overwrite:
+        raise ValueError(f"{file} exists already: name another --out, or --overwrite what is there")
+    _, _, device = start_process(args.device)
+    model = restore_model(read_checkpoint(args.checkpoint), args.checkpoint, build_model, backbone=args.backbone)
+    model, names, ids = model.to(device), model.class_names, range(1, len(model.class_names) + 1)
+    if model.name.startswith("mask") and coco.COCO is None:
+        print(f"masks are drawn, but {file} will have none: they need pycocotools (pip install pycocotools)")
+    images, annotations = [], []  # in COCO's format, so that whatever reads COCO's annotations reads them
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def work(path: Path) -> None:
+        photo = open_photo(path)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            found = predict(model, photo, args.short_side)
+        number = int((found["scores"] >= args.threshold).sum())
+        found = {name: value[:number] for name, value in found.items()}
+        draw_detections(photo, found, names).save(pictures[path])
+        images.append({"id": len(images) + 1, "file_name": path.name, "width": photo.width, "height": photo.height})
+        annotations.extend(coco.to_results(found, len(images), ids))
+
+    try:
+        failed = for_each_image(paths, work)
+    finally:  # what was found before Ctrl-C, too
+        categories = [{"id": k, "name": name} for k, name in zip(ids, names, strict=True)]
+        annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
+        file.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}), "utf-8")
+    print(f"{len(images)} pictures written to {args.out}, {failed} images failed; detections in {file}")
+    if failed:
+        sys.exit(1)
+
+
 def main() -> None:
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__}
-    parser = argparse.ArgumentParser("detect.py", "python detect.py train|eval [options]", **raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval")
+    parser = argparse.ArgumentParser("detect.py", "python detect.py train|eval|predict [options]", **raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval|predict")
     training = commands.add_parser("train", prog="detect.py train", usage="python detect.py train [options]", **raw)
     add_options(training, PRESETS, RECIPE, "runs/detector")
     training.set_defaults(run=train_detector)
@@ -114,14 +202,26 @@ def main() -> None:
 
     scoring = commands.add_parser("eval", prog="detect.py eval", usage="python detect.py eval [options]", **raw)
     scoring.set_defaults(run=score_detector)
-    option = scoring.add_argument
-    option("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of training, or made by convert.py")
-    option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
     add_data_options(scoring, training=False)
+    option = scoring.add_argument
     option("--save-results", type=Path, metavar="FILE", help="write the detections there, in COCO's JSON format")
     option("--json", type=Path, metavar="FILE", help="write the scores there")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")
-    option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
+
+    usage = "python detect.py predict PATHS ... --checkpoint PATH [options]"
+    predicting = commands.add_parser("predict", prog="detect.py predict", usage=usage, **raw)
+    predicting.set_defaults(run=predict_files)
+    option = predicting.add_argument
+    option("paths", nargs="+", metavar="PATHS", help='images, folders and patterns such as "photos/*.jpg"')
+    option("--out", type=Path, default=Path("detections"), metavar="DIR", help="(default: %(default)s)")
+    option("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score shown (default: %(default)s)")
+    option("--short-side", type=positive, metavar="PIXELS", help="as for eval (default: as in training)")
+    option("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: %(default)s)")
+    option("--overwrite", action="store_true", help="replace what an earlier run left in --out")
+    for option in (scoring.add_argument, predicting.add_argument):
+        option("--checkpoint", type=Path, required=True, metavar="PATH", help="best.pt or last.pt, or from convert.py")
+        option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
+        option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
     args.run(args)
 

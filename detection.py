@@ -62,18 +62,22 @@ class Detector(nn.Module):
         super().__init__()
         self.encoder, self.neck, self.head = encoder, neck, head
         self.name, self.settings = name, settings
-        self.tau, self.aux_weight = settings.tau, settings.aux_weight
+        self.tau, self.aux_weight, self.short_side = settings.tau, settings.aux_weight, settings.short_side
 
     @property
     def class_names(self) -> list[str]:
         return self.encoder.class_names
+
+    def freeze_text(self) -> "Detector":
+        """Drop the text encoder, see `denseclip.LanguageGuidedEncoder.freeze_text`; return the model."""
+        return denseclip.DenseCLIP.freeze_text(self)
 
     def forward(
         self, images: list[Tensor], targets: list[Instances] | None = None, sizes: list[Size] | None = None
     ) -> Outputs:
         """Losses in training, detections in evaluation.
 
-        images:  (3, H, W) each, RGB in [0, 1], of any sizes; normalized and padded here, but not resized
+        images:  (3, H, W) each, RGB in [0, 1], of any sizes; normalized and padded here, resized in `detect.predict`
         targets: for training, per image: boxes (N, 4) float, labels (N,) int64, and for Mask R-CNN masks (N, H, W), 0/1
         sizes:   (H, W) per image, to which its detections are scaled; by default the sizes of the images
         return:  {name: loss}, to be summed and minimized; or per image, best first, at most 100: boxes (N, 4),
@@ -182,8 +186,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
         weights.append((1 - (position[..., None] - cells).abs()).clamp(min=0))
     rows, columns = weights
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
-    for i in range(len(masks)):  # one at a time: all probabilities together would take a gigabyte
-        pasted[i] = rows[i] @ masks[i] @ columns[i].T >= 0.5
+    with torch.autocast(masks.device.type, enabled=False):
+        for i in range(len(masks)):  # one at a time: all probabilities together would take a gigabyte
+            pasted[i] = rows[i] @ masks[i] @ columns[i].T >= 0.5
     return pasted
 
 
@@ -490,6 +495,6 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
     return Detector(encoder, neck, head, name, resolved)
 
 
-def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -> Detector:
-    """The detector saved by detect.py, in evaluation mode on the CPU. backbone: see `denseclip.restore_model`."""
-    return restore_model(read_checkpoint(path), path, build_model, backbone)
+def load_checkpoint(path: str | Path, class_names: list[str] | None = None, **backbone) -> Detector:
+    """The detector saved by detect.py, in evaluation mode on the CPU. Options: see `denseclip.restore_model`."""
+    return restore_model(read_checkpoint(path), path, build_model, class_names, **backbone)

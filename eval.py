@@ -13,6 +13,7 @@ windows, resize them to the image's original size, softmax. train.py calls `eval
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,12 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clip_model import IGNORE_INDEX
-from data import SegmentationDataset, default_color, find_split, is_ade20k, read_classes, resize_to_fit, run_script
+from data import SegmentationDataset, default_colors, find_split, is_ade20k, read_classes, resize_to_fit, run_script
 from denseclip import build_model, read_checkpoint, restore_model
 from heads import resize
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale protocol, each also flipped
 WINDOWS_PER_BATCH = 4  # windows of one image that go through the model together
+STRIP = 2**26  # probabilities that are computed at once, 256 MB
 
 # ------------------------------------------------------------------------------------------------ prediction
 
@@ -61,32 +63,53 @@ def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -
     return logits / count
 
 
+def predict_probabilities(model: nn.Module, image: Tensor, size: tuple[int, int], **protocol) -> Tensor:
+    """Class probabilities (K, H, W) of one image. Arguments: see `probability_strips`."""
+    return torch.cat(list(probability_strips(model, image, size, **protocol)), dim=1)
+
+
+def predict_labels(model: nn.Module, image: Tensor, size: tuple[int, int], **protocol) -> Tensor:
+    """The most probable class of each pixel, (H, W) int64, without all probabilities in memory at once."""
+    return torch.cat([probabilities.argmax(0) for probabilities in probability_strips(model, image, size, **protocol)])
+
+
 @torch.no_grad()
-def predict_probabilities(
+def probability_strips(
     model: nn.Module,
     image: Tensor,
     size: tuple[int, int],
-    limits: tuple[int, int] = (2048, 512),
+    short_side: int | None = None,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = False,
-) -> Tensor:
-    """Class probabilities of one image, averaged over its scaled and flipped variants.
+) -> Iterator[Tensor]:
+    """Class probabilities of one image, averaged over its scaled and flipped variants, from top to bottom.
 
-    model:  in eval mode, with `crop_size`: the window's side in pixels; the stride is two thirds of it
-    image:  (3, h, w) normalized
-    size:   (H, W) of the result, usually that of the image file
-    limits: (long side, short side) in pixels that the image is resized to fit at scale 1
-    return: (K, H, W); each variant goes through the softmax before averaging
+    model:      in eval mode, with `crop_size`: the window's side in pixels; the stride is two thirds of it
+    image:      (3, h, w) normalized
+    size:       (H, W) of the result, usually that of the image file
+    short_side: pixels; at scale 1, the image is resized to fit (2048, short_side). Default: the model's
+    yields:     (K, rows, W); each variant goes through the softmax before averaging
     """
-    total, stride = 0, model.crop_size * 2 // 3  # Released code: windows of 512 move by 341, those of 640 by 426
+    variants, stride = [], model.crop_size * 2 // 3  # Released code: windows of 512 move by 341, those of 640 by 426
     for scale in scales:
-        scaled = resize_to_fit(image[None], (int(limits[0] * scale), int(limits[1] * scale)))  # (1, 3, h', w')
-        for flipped in (False, True) if flip else (False,):
-            variant = scaled.flip(-1) if flipped else scaled
-            logits = sliding_window(model, variant, model.crop_size, stride)  # (1, K, h', w')
-            probabilities = resize(logits.float(), size).softmax(dim=1)[0]  # (K, H, W)
-            total = total + (probabilities.flip(-1) if flipped else probabilities)
-    return total / (len(scales) * (2 if flip else 1))
+        limits = int(2048 * scale), int((short_side or model.short_side) * scale)
+        scaled = resize_to_fit(image[None], limits)  # (1, 3, h', w')
+        variants.append(sliding_window(model, scaled, model.crop_size, stride).float())  # (1, K, h', w')
+        if flip:
+            flipped = sliding_window(model, scaled.flip(-1), model.crop_size, stride)  # (1, K, h', w')
+            variants.append(flipped.flip(-1).float())
+    rows = max(1, STRIP // (variants[0].shape[1] * size[1]))
+    for top in range(0, size[0], rows):
+        strip = range(top, min(top + rows, size[0]))
+        yield sum(resize_rows(x, size, strip).softmax(dim=1)[0] for x in variants) / len(variants)  # (K, rows, W)
+
+
+def resize_rows(x: Tensor, size: tuple[int, int], rows: range) -> Tensor:
+    """These rows of `heads.resize(x, size)`: (1, K, h, w) -> (1, K, len(rows), W)."""
+    y = (torch.arange(rows.start, rows.stop, device=x.device) + 0.5) * (x.shape[2] / size[0]) - 0.5  # rows of x
+    above = y.clamp(0, x.shape[2] - 1).long()
+    below, weight = (above + 1).clamp(max=x.shape[2] - 1), (y - above).clamp(0, 1)
+    return resize(torch.lerp(x[:, :, above], x[:, :, below], weight[:, None]), (len(rows), size[1]))
 
 
 # ------------------------------------------------------------------------------------------------ metric
@@ -127,7 +150,7 @@ class ConfusionMatrix:
 
 
 def format_table(metrics: dict, class_names: list[str]) -> str:
-    """The scores as text: IoU and accuracy of each class in per cent ("-": the class does not occur), and the means."""
+    """The scores as text: IoU and accuracy in per cent of each class that occurs ("-": not labeled), and the means."""
     width = max(len(name) for name in [*class_names, "pixel accuracy"])
 
     def row(title: str, *values: float) -> str:
@@ -135,7 +158,10 @@ def format_table(metrics: dict, class_names: list[str]) -> str:
 
     rule = "-" * (width + 20)
     lines = [f"{'class':<{width}}{'IoU':>10}{'accuracy':>10}", rule]
-    lines += map(row, class_names, metrics["iou"].tolist(), metrics["accuracy"].tolist())
+    scores = list(zip(class_names, metrics["iou"].tolist(), metrics["accuracy"].tolist(), strict=True))
+    lines += [row(*score) for score in scores if score[1] == score[1]]
+    if absent := sum(iou != iou for _, iou, _ in scores):
+        lines.append(f"({absent} of {len(scores)} classes are neither labeled nor predicted)")
     lines += [rule, row("mean", metrics["miou"], metrics["mean_accuracy"])]
     return "\n".join([*lines, row("pixel accuracy", metrics["pixel_accuracy"])])
 
@@ -166,14 +192,13 @@ def evaluate(
     """Scores of `model` on `dataset`, as `ConfusionMatrix.compute` returns them.
 
     dataset:    gives (image, label, path) with images normalized, in their original size
-    short_side: pixels; images are resized to fit (2048, short_side). Default: the model's crop size
+    short_side: pixels; images are resized to fit (2048, short_side). Default: the model's
     save_masks: folder for the predicted masks, PNGs with the data set's own label values and `colors`
     Under torchrun the processes split the images and return the same scores. The model's mode is restored.
     """
     rank, world = this_process()
     matrix = ConfusionMatrix(len(model.class_names), device)
-    protocol = {"scales": SCALES, "flip": True} if multi_scale else {}
-    limits = (2048, short_side or model.crop_size)
+    protocol = {"short_side": short_side, **({"scales": SCALES, "flip": True} if multi_scale else {})}
     was_training = model.training
     model.eval()
     # With its own generator, the loader does not draw from the random state of training.
@@ -181,19 +206,23 @@ def evaluate(
     loader = DataLoader(dataset, batch_size=None, **options)  # one image at a time
     for image, label, path in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):
         image, label = image.to(device), label.to(device)  # (3, h, w), (H, W)
-        prediction = predict_probabilities(model, image, label.shape[-2:], limits, **protocol).argmax(0)  # (H, W)
+        prediction = predict_labels(model, image, label.shape[-2:], **protocol)  # (H, W)
         matrix.update(prediction, label)
         if save_masks is not None:
-            reduced = dataset.reduce_zero_label  # 1 is the first class
-            mask = Image.fromarray((prediction + reduced).to(torch.uint8).cpu().numpy())
-            if colors:
-                mask.putpalette([v for color in [(0, 0, 0)] * reduced + colors for v in color])
-            Path(save_masks).mkdir(parents=True, exist_ok=True)
-            mask.save(Path(save_masks, Path(path).stem + ".png"))
+            save_labels(Path(save_masks, Path(path).stem + ".png"), prediction, colors, dataset.reduce_zero_label)
     model.train(was_training)
     if world > 1:
         dist.all_reduce(matrix.counts)
     return matrix.compute()
+
+
+def save_labels(path: Path, labels: Tensor, colors: list[tuple[int, int, int]] | None, reduce_zero_label: bool) -> None:
+    """Labels (H, W) as a palette PNG in `colors`; with reduce_zero_label, 1 is the first class, as in ADE20K."""
+    mask = Image.fromarray((labels + reduce_zero_label).to(torch.uint8).cpu().numpy())
+    if colors:
+        mask.putpalette([v for color in [(0, 0, 0)] * reduce_zero_label + list(colors) for v in color])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask.save(path)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -244,7 +273,7 @@ def main() -> None:
     option = parser.add_argument
     option("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of train.py, or made by convert.py")
     option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
-    option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
+    option("--data", metavar="ROOT", help="data set (default: training's validation set, or ADE20K in data/)")
     option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
     option("--classes", metavar="LIST", help="a list in classes/ or a file with the checkpoint's classes; gives colors")
     option("--ignore-index", type=int, metavar="VALUE", help="mask value to ignore (default: as in training)")
@@ -260,19 +289,23 @@ def main() -> None:
 
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = restore_model(checkpoint, args.checkpoint, build_model, args.backbone).to(device)
+    model = restore_model(checkpoint, args.checkpoint, build_model, backbone=args.backbone).to(device)
     names = model.class_names
-    colors = [default_color(k) for k in range(len(names))]
+    known = checkpoint.get("data", {})  # of the data set in training
+    colors = known.get("colors") or default_colors(len(names))
     if args.classes:
         listed, colors = read_classes(args.classes)
         check_classes(args.checkpoint, names, args.classes, listed)
-    images, masks = args.val or find_split(args.data, "val")
-    conventions = {"short_side": None, "ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks)}
+    folders = args.val or (None if args.data else known.get("val"))
+    images, masks = folders or find_split(args.data or "data/ADEChallengeData2016", "val")
+    if not args.val and not Path(images).is_dir():
+        raise FileNotFoundError(f"{images}: the validation set of training is not here; give --val IMAGES MASKS")
+    conventions = {"ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks)}
     conventions |= checkpoint.get("run", {})
     conventions |= {name: value for name, value in vars(args).items() if value is not None and name in conventions}
     labels = {name: conventions[name] for name in ("ignore_index", "reduce_zero_label")}
     dataset = SegmentationDataset(images, masks, len(names), **labels)
-    options = {"short_side": conventions["short_side"], "multi_scale": args.multi_scale, "workers": args.workers}
+    options = {"short_side": args.short_side, "multi_scale": args.multi_scale, "workers": args.workers}
     metrics = evaluate(model, dataset, device, **options, save_masks=args.save_masks, colors=colors)
     if rank == 0:
         print(f"{format_table(metrics, names)}\n\nmIoU {metrics['miou']:.2f} on {len(dataset)} images of {images}")

@@ -61,7 +61,6 @@ class Recipe:
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
     precision: str = "fp32"  # or "bf16"
     seed: int = 0
-    short_side: int = 512  # pixels; images are resized to fit (2048, short_side), in training times U(0.5, 2)
     ignore_index: int = IGNORE_INDEX  # value in masks, see SegmentationDataset
     reduce_zero_label: bool = False
 
@@ -93,13 +92,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
             parameter.requires_grad_(recipe.text_lr_multiplier > 0)
         undecayed = key == "norm" or not recipe.decay_norms and (id(parameter) in norms or "position" in name)
         if parameter.requires_grad:
-            group = {
-                "name": key,
-                "params": [],
-                "base_lr": rates[key],
-                "weight_decay": recipe.weight_decay * (not undecayed),
-            }
-            groups.setdefault((key, undecayed), group)["params"].append(parameter)
+            group = {"name": key, "base_lr": rates[key], "weight_decay": recipe.weight_decay * (not undecayed)}
+            groups.setdefault((key, undecayed), {**group, "params": []})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -143,11 +137,13 @@ def train(
     save_every: int = 1_000,
     log_every: int = 50,
     resume: Path | None = None,
+    data: dict | None = None,
 ) -> dict:
     """Train `model` by `recipe`, writing checkpoints and the log to `out`; return the last evaluation's scores.
 
     model(images, labels) in train mode must return a dict of losses; their sum is minimized. `train_set` brings its own
-    sampler and collate function. evaluate_model(model) returns scores, of which `score` decides what best.pt is.
+    sampler and collate function. `data` is kept in the checkpoints: colors and validation set, for those who read them.
+    evaluate_model(model) returns scores, of which `score` decides what best.pt is.
     Every process of torchrun calls this with the same arguments; they split each batch.
     """
     rank, world = this_process()
@@ -184,7 +180,7 @@ def train(
             mean_losses(steps)  # waits for the GPU, and raises if a loss is not finite
             states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device)}
             if rank == 0:
-                save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, **states)
+                save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, data=data or {}, **states)
 
         # once in a while: evaluate and keep the best model (after saving, as this may fail; a resumed run repeats it)
         if evaluating:
@@ -196,7 +192,7 @@ def train(
                 tqdm.write(f"iteration {iteration} | {score} {metrics[score]:.4g} | previous best {max(best, 0):.4g}")
                 if metrics[score] > best:
                     best = metrics[score]
-                    save_checkpoint(out / "best.pt", model, iteration=iteration, run=run, best=best)
+                    save_checkpoint(out / "best.pt", model, iteration=iteration, run=run, data=data or {}, best=best)
         clock += time.perf_counter() - paused
         if iteration == recipe.iterations:
             break
@@ -336,23 +332,23 @@ def write_log(out: Path, record: dict) -> None:
 
 # ------------------------------------------------------------------------------------------------ command line
 
-SETTABLE = {field.name: field.type for field in fields(Settings) if field.name not in ("prompting", "backbone")}
+SETTABLE = {
+    field.name: field.type
+    for field in fields(Settings)
+    if field.name not in ("prompting", "backbone", "short_side", "stored_text")
+}
 
 
 def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: Recipe, out: str) -> None:
     """Options of model, recipe and run, which train.py and detect.py share; `recipe` holds the defaults."""
     d = "(default: %(default)s)"
     option = parser.add_argument_group("model").add_argument
-    default = (
-        f"{next(iter(models))}; with --backbone, the text encoder of vitb16"
-        if "vitb16" in models
-        else next(iter(models))
-    )
+    default = next(iter(models)) + ("; with --backbone, the text encoder of vitb16" if "vitb16" in models else "")
     option("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, default="post", help=f"where the text comes from; none: baseline {d}")
-    backbones = "resnet50, swin_t, vit_b_16, ..., or package.module:function, which returns a module"
-    option("--backbone", metavar="NAME", help=f"image encoder instead of CLIP's: {backbones}")
+    instead = "instead of CLIP's: resnet50, swin_t, vit_b_16, ..., or package.module:function, which returns a module"
+    option("--backbone", metavar="NAME", help=f"image encoder {instead}")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
     names = "see denseclip.Settings: " + ", ".join(SETTABLE)
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
@@ -461,9 +457,10 @@ def main() -> None:
     listed = Path(args.data) / "classes.txt"
     if args.classes is None and (args.train or not (listed.is_file() or is_ade20k(train_masks))):
         raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, a file with one per line")
-    class_names, _ = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
+    class_names, colors = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
     options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
+    options |= {"short_side": args.short_side} if args.short_side else {}
     weights = initial_weights(PRESETS[args.model], args.clip, args.backbone, args.backbone_weights, plain)
     if not resume:  # a resumed run has its own weights
         fetch_weights(args.backbone, **weights)
@@ -475,10 +472,10 @@ def main() -> None:
     model = build_model(args.model, class_names, **options)
 
     reduce_zero_label = is_ade20k(train_masks) if args.reduce_zero_label is None else args.reduce_zero_label
-    known = {"short_side": args.short_side or model.crop_size, "reduce_zero_label": reduce_zero_label, **weights}
+    known = {"reduce_zero_label": reduce_zero_label, **weights}
     recipe = replace(recipe, **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
     labels = {"ignore_index": recipe.ignore_index, "reduce_zero_label": recipe.reduce_zero_label}
-    transform = TrainTransform(model.crop_size, (2048, recipe.short_side))
+    transform = TrainTransform(model.crop_size, (2048, model.short_side))
     train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, **labels)
     val_set = SegmentationDataset(val_images, val_masks, len(class_names), **labels)
     val_set[0]  # finds a wrong set now, not at the first evaluation
@@ -490,8 +487,8 @@ def main() -> None:
         if recipe.reduce_zero_label:
             print("mask value 0 is ignored and 1 is the first class; --no-reduce-zero-label if your classes start at 0")
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
-    options = {"device": device, "short_side": recipe.short_side, "workers": args.workers}
-    evaluate_model = partial(evaluate, dataset=val_set, **options)
+    evaluate_model = partial(evaluate, dataset=val_set, device=device, workers=args.workers)
+    loop |= {"data": {"colors": colors, "val": [str(Path(folder).resolve()) for folder in (val_images, val_masks)]}}
     metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, resume=resume, **loop)
     if rank == 0:
         print(format_table(metrics, class_names))

@@ -429,6 +429,11 @@ def test_class_list_without_colors(tmp_path):
     path.write_text("\ufefftraffic light\ncafé\t1\t2\t3\r\n\n" + "".join(f"class {i}\n" for i in range(150)), "utf-8")
     names, colors = read_classes(str(path))
     assert names[:3] == ["traffic light", "café", "class 0"] and colors[1] == (1, 2, 3)
+    generated = data.default_colors(24)
+    assert (
+        min(sum((a - b) ** 2 for a, b in zip(c, d, strict=True)) for c in generated for d in generated if c != d)
+        > 60**2
+    )
     assert len(set(colors)) == len(colors) == 152 and read_classes(path) == (names, colors)
     assert all(0 <= value <= 255 for color in colors for value in color)
 

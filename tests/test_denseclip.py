@@ -186,10 +186,59 @@ def test_a_wrong_setting_raises():
             build_model("tiny", NAMES, **setting)
 
 
-def test_class_names_are_the_encoders():
-    model = build_model("tiny", NAMES)
+def test_class_names_are_the_encoders(tmp_path):
+    """Names may change, their number only for score maps alone."""
+    model = build_model("tiny", NAMES).eval()
     model.encoder.set_class_names(["cat", "dog", "horse"])
     assert model.class_names == ["cat", "dog", "horse"]
+    save_checkpoint(tmp_path / "a.pt", model)
+    assert load_checkpoint(tmp_path / "a.pt", ["sky", "road", "my dog"]).class_names == ["sky", "road", "my dog"]
+    for change in (model.encoder.set_class_names, lambda names: load_checkpoint(tmp_path / "a.pt", names)):
+        with pytest.raises(
+            ValueError, match="2 class names for a model trained with 3, whose head needs 3; predict.py --cla"
+        ):
+            change(["cat", "dog"])
+    images = torch.randn(1, 3, 64, 64)
+    pyramid, score_map, _ = model.encoder(images)
+    model.encoder.set_class_names(["dog", "a bird", "cat", "horse"], any_number=True)
+    new_pyramid, new_score_map, _ = model.encoder(images)
+    assert new_score_map.shape[1] == 4 and torch.equal(new_pyramid[3], pyramid[3][:, :-3])
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_vit"])
+@pytest.mark.parametrize("prompting", ["post", "learned", "template", "template+post", "none"])
+@torch.no_grad()
+def test_text_can_be_frozen(name, prompting, tmp_path):
+    torch.manual_seed(0)
+    model, images = build_model(name, NAMES, prompting=prompting).eval(), torch.randn(2, 3, 75, 101)
+    expected = model(images)
+    save_checkpoint(tmp_path / "full.pt", model)
+    assert torch.equal(model.freeze_text().freeze_text()(images), expected)
+    check_round_trip(model, tmp_path / "frozen.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "frozen.pt", NAMES)(images), expected)
+    if prompting != "none":
+        assert (tmp_path / "full.pt").stat().st_size - (tmp_path / "frozen.pt").stat().st_size > 12e6
+        assert not any("text_encoder.transformer" in key or "contexts" in key for key in model.state_dict())
+        with pytest.raises(ValueError, match="text encoder was dropped by freeze_text"):
+            model.encoder.set_class_names(["cat", "dog", "horse"])
+
+
+def test_contexts_from_the_image_cannot_be_frozen():
+    with pytest.raises(ValueError, match=r"pre-model prompting needs the text encoder: .* Eq. \(4\)"):
+        build_model("tiny", NAMES, prompting="pre").freeze_text()
+
+
+def test_frozen_text_needs_no_tokenizer(tmp_path):
+    """Neither tokenizer.py nor its vocabulary nor ftfy and regex."""
+    model, images = build_model("tiny", NAMES).eval().freeze_text(), torch.zeros(1, 3, 64, 64)
+    save_checkpoint(tmp_path / "frozen.pt", model)
+    for file in ("clip_model.py", "heads.py", "denseclip.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    code = "import sys; sys.modules |= {'ftfy': None, 'regex': None, 'tokenizer': None}; import torch, denseclip; "
+    code += "print(denseclip.load_checkpoint('frozen.pt')(torch.zeros(1, 3, 64, 64)).double().sum().item())"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert float(printed) == pytest.approx(model(images).double().sum().item(), rel=1e-6)
 
 
 def test_encoder_stands_alone():

@@ -1,4 +1,5 @@
-"""detect.py trains, resumes and scores detectors on train.py's loop, by the released schedule."""
+"""detect.py trains, resumes and scores detectors on train.py's loop, by the released schedule. Predictions for photos
+of any size are what evaluation computes, drawn readably and written in COCO's format."""
 
 import json
 import subprocess
@@ -10,10 +11,17 @@ import pytest
 import torch
 from helpers import error_line, run
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
+import coco
+import denseclip
 import detect
 import train as training
-from denseclip import build_model, read_checkpoint, save_checkpoint
+from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, to_results
+from denseclip import read_checkpoint, save_checkpoint
+from detection import build_model, load_checkpoint
+from predict import open_photo
 
 
 def make_set(root, split, count, seed):
@@ -89,6 +97,8 @@ def test_trains_resumes_and_is_scored_by_options(name, root, tmp_path, monkeypat
     assert "green square" in capsys.readouterr().out
     last = read_checkpoint(tmp_path / "whole" / "last.pt")
     assert last["run"]["schedule"] == "step" and last["run"]["clip_grad"] == 0.1
+    assert last["settings"]["short_side"] == 96
+    assert last["data"]["val"] == [str(root / "images" / "val"), str(root / "annotations" / "instances_val.json")]
 
     # last.pt as it was after two iterations of the same run leads to the same weights
     halfway, original = {}, training.save_checkpoint
@@ -106,23 +116,8 @@ def test_trains_resumes_and_is_scored_by_options(name, root, tmp_path, monkeypat
     resumed = read_checkpoint(tmp_path / "again" / "last.pt")
     assert all(torch.equal(value, resumed["model"][key]) for key, value in last["model"].items())
 
-    run(
-        detect,
-        monkeypatch,
-        "eval",
-        "--checkpoint",
-        tmp_path / "whole" / "last.pt",
-        "--data",
-        root,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--json",
-        tmp_path / "scores.json",
-        "--save-results",
-        tmp_path / "results.json",
-    )
+    files = ["--json", tmp_path / "scores.json", "--save-results", tmp_path / "results.json"]
+    run(detect, monkeypatch, "eval", "--checkpoint", tmp_path / "whole" / "last.pt", "--workers", 0, *files)
     assert "box AP" in capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["images"] == 2 and scores["class_names"] == ["green square", "red square"]
@@ -131,13 +126,13 @@ def test_trains_resumes_and_is_scored_by_options(name, root, tmp_path, monkeypat
 
 
 def test_a_detectors_iterations_are_twelve_epochs(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(detect, "train", lambda model, train_set, recipe, *a, **k: recipes.append(recipe))
+    monkeypatch.setattr(detect, "train", lambda model, train_set, recipe, *a, **k: runs.append((recipe, model)))
     monkeypatch.setattr(detect, "format_ap_table", lambda *_: "")
-    recipes = []
+    runs = []
     run(detect, monkeypatch, "train", "--model", "retinanet_tiny", "--data", root, "--batch-size", 2, "--out", tmp_path)
     run(detect, monkeypatch, "train", "--model", "mask_rcnn_tiny", "--data", root, "--iterations", 5, "--out", tmp_path)
     # three wide and three tall images, in batches of two: two batches each
-    assert [(r.iterations, r.batch_size, r.lr, r.warmup, r.short_side) for r in recipes] == [
+    assert [(r.iterations, r.batch_size, r.lr, r.warmup, m.settings.short_side) for r, m in runs] == [
         (48, 2, 1e-4, 500, 800),
         (5, 16, 2e-4, 500, 800),
     ]
@@ -145,7 +140,7 @@ def test_a_detectors_iterations_are_twelve_epochs(root, tmp_path, monkeypatch):
 
 def test_what_is_wrong_is_said_in_one_line(root, tmp_path, monkeypatch, capsys):
     images, annotations = root / "images" / "train", root / "annotations" / "instances_train.json"
-    save_checkpoint(tmp_path / "segmentation.pt", build_model("tiny", ["cat", "dog"]))
+    save_checkpoint(tmp_path / "segmentation.pt", denseclip.build_model("tiny", ["cat", "dog"]))
     for options, words in [
         (["train", "--model", "retinanet_tiny", "--data", root, "--set", "head=upernet"], ["head", "no effect"]),
         (["train", "--train", images, annotations], ["--val"]),
@@ -158,7 +153,7 @@ def test_what_is_wrong_is_said_in_one_line(root, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["predict"]])
 def test_help(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(detect, monkeypatch, *command, "--help")
@@ -188,3 +183,291 @@ def test_a_backbone_with_an_unused_map_trains_in_two_processes(root, tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read_checkpoint(tmp_path / "run" / "last.pt")["iteration"] == 3
+
+
+# ------------------------------------------------------------------------------------------------ predictions
+
+NAMES = ["green square", "red square"]
+SIZES = [(128, 96), (96, 128), (501, 37), (640, 479), (1, 1)]  # (width, height)
+
+
+def confident_model(name):
+    """A detector of random weights for images of 64 pixels, whose scores vary."""
+    torch.manual_seed(0)
+    model = build_model(name, NAMES, short_side=64).eval()
+    with torch.no_grad():
+        if "retina" in name:
+            model.head.classification_head.cls_logits.weight *= 30_000
+            model.head.classification_head.cls_logits.bias.zero_()
+        else:
+            model.head.roi_heads.box_predictor.cls_score.weight *= 90
+            model.head.roi_heads.mask_predictor.mask_fcn_logits.weight *= 1_000
+    return model
+
+
+def draw_photos(folder, sizes=SIZES):
+    """Photos of squares on noise, named 0.png, 1.png, ..."""
+    folder.mkdir()
+    for i, (width, height) in enumerate(sizes):
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3)).astype(np.uint8)
+        pixels[: height // 2, : width // 3] = (220, 40, 40)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["retinanet_tiny", "mask_rcnn_tiny"])
+def checkpoint(request, root, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param) / "best.pt"
+    val = [str(root / "images" / "val"), str(root / "annotations" / "instances_val.json")]
+    save_checkpoint(path, confident_model(request.param), data={"val": val})
+    return path
+
+
+@pytest.fixture
+def retinanet(tmp_path):
+    save_checkpoint(tmp_path / "retinanet.pt", confident_model("retinanet_tiny"))
+    return tmp_path / "retinanet.pt"
+
+
+def predict(monkeypatch, *options):
+    """detect.py predict on the CPU; return its exit status."""
+    try:
+        run(detect, monkeypatch, "predict", *options, "--device", "cpu")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_a_checkpoint_is_all_that_evaluation_needs(checkpoint, monkeypatch, capsys, root, tmp_path):
+    limits = []
+    monkeypatch.setattr(detect, "DetectionTransform", lambda x: limits.append(x) or DetectionTransform(x))
+    run(detect, monkeypatch, "eval", "--checkpoint", checkpoint, "--workers", 0)
+    output = capsys.readouterr().out
+    assert f"{root / 'annotations' / 'instances_val.json'}: 2 images" in output and "on 2 images" in output
+    assert limits == [(106, 64)]  # the scale of training
+
+    gone = [str(tmp_path / "images"), str(tmp_path / "val.json")]
+    save_checkpoint(tmp_path / "moved.pt", load_checkpoint(checkpoint), data={"val": gone})
+    error = error_line(detect, capsys, monkeypatch, "eval", "--checkpoint", tmp_path / "moved.pt")
+    assert gone[0] in error and "the validation set of training is not here; give --val IMAGES JSON" in error
+    Path(gone[0]).mkdir()
+    error = error_line(detect, capsys, monkeypatch, "eval", "--checkpoint", tmp_path / "moved.pt")
+    assert gone[1] in error and "give --val IMAGES JSON" in error
+
+
+def test_predictions_are_what_evaluation_computes(checkpoint, monkeypatch, tmp_path):
+    """To the digit, for images of any size: in Python, and in the JSON file of the command line."""
+    photos, model = draw_photos(tmp_path / "photos"), load_checkpoint(checkpoint)
+    images = [{"id": i + 5, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(SIZES)]
+    box = {"image_id": 5, "category_id": 3, "bbox": [1, 1, 30, 30], "segmentation": [[1, 1, 31, 1, 31, 31]]}
+    content = {"images": images, "annotations": [box]}
+    content["categories"] = [{"id": 3, "name": NAMES[0]}, {"id": 7, "name": NAMES[1]}]
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    transform = DetectionTransform(detection_limits(model.short_side))
+    dataset = CocoDetection(photos, tmp_path / "set.json", transform, load_masks="mask" in model.name)
+    evaluate_detection(model, dataset, "cpu", save_results=tmp_path / "results.json")
+    expected = json.loads((tmp_path / "results.json").read_text())
+    assert len(expected) > 50 and ("segmentation" in expected[0]) == ("mask" in model.name)
+
+    results = []
+    for i in range(len(SIZES)):
+        found = detect.predict(model, open_photo(photos / f"{i}.png"))
+        results += to_results(found, i + 5, dataset.category_ids)
+    assert results == expected
+
+    assert predict(monkeypatch, photos, "--checkpoint", checkpoint, "--out", tmp_path / "all", "--threshold", 0) == 0
+    ours = json.loads((tmp_path / "all" / "detections.json").read_text())
+    names = {category["id"]: category["name"] for category in ours["categories"]}
+    files = {image["id"]: image["file_name"] for image in ours["images"]}
+    known = [
+        {**a, "id": 0, "image_id": files[a["image_id"]], "category_id": names[a["category_id"]]}
+        for a in ours["annotations"]
+    ]
+    files = {image["id"]: image["file_name"] for image in images}
+    names = {3: NAMES[0], 7: NAMES[1]}
+    assert known == [
+        {**r, "id": 0, "image_id": files[r["image_id"]], "category_id": names[r["category_id"]]} for r in expected
+    ]
+
+
+def test_pictures_and_json_hold_what_reaches_the_threshold(checkpoint, monkeypatch, capsys, tmp_path):
+    photos, out, model = draw_photos(tmp_path / "photos"), tmp_path / "out", load_checkpoint(checkpoint)
+    threshold = detect.predict(model, open_photo(photos / "0.png"))["scores"][9].item()
+    assert predict(monkeypatch, photos, "--checkpoint", checkpoint, "--out", out, "--threshold", threshold) == 0
+    said = f"5 pictures written to {out}, 0 images failed; detections in {out / 'detections.json'}"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    content = COCO(str(out / "detections.json"))  # pycocotools reads it
+    assert {category["name"] for category in content.cats.values()} == set(NAMES)
+    for image in content.imgs.values():
+        photo = open_photo(photos / image["file_name"])
+        assert photo.size == (image["width"], image["height"])
+        found = detect.predict(model, photo)
+        annotations = content.imgToAnns[image["id"]]
+        assert [a["score"] for a in annotations] == [x for x in found["scores"].tolist() if x >= threshold]
+        for a, box in zip(annotations, found["boxes"].tolist(), strict=False):
+            assert a["bbox"] == pytest.approx([box[0], box[1], box[2] - box[0], box[3] - box[1]], abs=1e-3)
+        if "mask" in model.name:
+            for a, mask in zip(annotations, found["masks"], strict=False):
+                assert np.array_equal(coco_mask.decode(a["segmentation"]), mask.numpy())
+        picture, plain = Image.open(out / image["file_name"]), photo
+        if max(photo.size) < 512:
+            plain = photo.resize(picture.size, Image.Resampling.NEAREST)
+        assert picture.size == plain.size and (np.array(picture) != np.array(plain)).any() == bool(annotations)
+    assert len(content.imgToAnns[1]) == 10
+
+
+def test_a_photo_is_resized_to_the_scale_of_training(retinanet, monkeypatch, tmp_path):
+    model, photo, shapes = load_checkpoint(retinanet), Image.new("RGB", (300, 200)), []
+    model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0][0].shape)))
+    detect.predict(model, photo)
+    detect.predict(model, photo, short_side=100)
+    detect.predict(model, Image.new("I;16", (1000, 100)))  # 16-bit gray; the long side limits
+    assert shapes == [(3, 64, 96), (3, 100, 150), (3, 11, 106)]
+    with pytest.raises(ValueError, match="model.eval\\(\\) for detections"):
+        detect.predict(model.train(), photo)
+
+    draw_photos(tmp_path / "photos", SIZES[:1])
+    boxes = []
+    for name, options in (("a", []), ("b", ["--short-side", 64]), ("c", ["--short-side", 96])):
+        options = [*options, "--checkpoint", retinanet, "--out", tmp_path / name, "--threshold", 0.1]
+        assert predict(monkeypatch, tmp_path / "photos", *options) == 0
+        boxes.append(json.loads((tmp_path / name / "detections.json").read_text())["annotations"])
+    assert boxes[0] == boxes[1] != boxes[2]
+
+
+def test_what_is_there_is_kept_unless_overwritten(retinanet, monkeypatch, capsys, tmp_path):
+    photos, out = draw_photos(tmp_path / "photos", SIZES[:2]), tmp_path / "out"
+    options = ["--checkpoint", retinanet, "--out", out]
+    assert predict(monkeypatch, photos, *options) == 0
+    assert f"2 pictures written to {out}, 0 images failed" in capsys.readouterr().out
+    before = (out / "detections.json").read_text()
+    content = json.loads(before)
+    assert [image["id"] for image in content["images"]] == [1, 2]
+    assert [a["id"] for a in content["annotations"]] == list(range(1, 1 + len(content["annotations"])))
+    assert {a["image_id"] for a in content["annotations"]} == {1, 2}
+    error = error_line(detect, capsys, monkeypatch, "predict", photos / "0.png", *options, "--device", "cpu")
+    assert "detections.json exists already: name another --out, or --overwrite" in error
+    assert (out / "detections.json").read_text() == before
+    assert predict(monkeypatch, photos / "0.png", *options, "--overwrite") == 0
+    assert [image["file_name"] for image in json.loads((out / "detections.json").read_text())["images"]] == ["0.png"]
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_others_are_done(retinanet, monkeypatch, capsys, tmp_path):
+    photos, out = draw_photos(tmp_path / "photos", SIZES[:2]), tmp_path / "out"
+    (photos / "cut.png").write_bytes((photos / "0.png").read_bytes()[:900])
+    (photos / "text.jpg").write_text("not an image")
+    (photos / "notes.txt").write_text("not looked at")
+    deep = np.random.default_rng(0).integers(0, 2**16, (40, 60)).astype(np.uint16)
+    Image.fromarray(deep).save(photos / "16bit.png")
+    assert predict(monkeypatch, photos, "--checkpoint", retinanet, "--out", out) == 1
+    output = capsys.readouterr()
+    assert f"3 pictures written to {out}, 2 images failed" in output.out.splitlines()[-1]
+    lines = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and "cut.png: not readable" in lines[0] and "text.jpg: not readable" in lines[1]
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "16bit.png", "detections.json"]
+    content = json.loads((out / "detections.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["0.png", "1.png", "16bit.png"]
+
+
+def test_what_was_found_before_an_interruption_is_kept(retinanet, monkeypatch, tmp_path):
+    photos, original = draw_photos(tmp_path / "photos", SIZES[:2]), detect.open_photo
+
+    def open_or_stop(path):
+        if path.name == "1.png":
+            raise KeyboardInterrupt
+        return original(path)
+
+    monkeypatch.setattr(detect, "open_photo", open_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict(monkeypatch, photos, "--checkpoint", retinanet, "--out", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["0.png"] and content["annotations"]
+
+
+def test_exif_orientation_is_applied_to_photos(retinanet, monkeypatch, tmp_path):
+    upright = open_photo(draw_photos(tmp_path / "upright", SIZES[3:4]) / "0.png")
+    (tmp_path / "turned").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated clockwise by 90 degrees
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned" / "0.png", exif=exif)
+    contents = []
+    for name in ("upright", "turned"):
+        assert predict(monkeypatch, tmp_path / name, "--checkpoint", retinanet, "--out", tmp_path / f"{name} out") == 0
+        contents.append((tmp_path / f"{name} out" / "detections.json").read_text())
+    assert contents[0] == contents[1]
+    pictures = [np.array(Image.open(tmp_path / f"{name} out" / "0.png")) for name in ("upright", "turned")]
+    assert np.array_equal(*pictures)
+
+
+def test_bf16_finds_nearly_the_same(checkpoint, monkeypatch, tmp_path):
+    photos, contents = draw_photos(tmp_path / "photos", SIZES[:1]), []
+    for precision in ("fp32", "bf16"):
+        options = ["--checkpoint", checkpoint, "--out", tmp_path / precision, "--precision", precision]
+        assert predict(monkeypatch, photos, *options, "--threshold", 0.1) == 0
+        contents.append(json.loads((tmp_path / precision / "detections.json").read_text())["annotations"])
+    best = [max(annotation["score"] for annotation in content) for content in contents]
+    assert contents[0] != contents[1] and best[0] == pytest.approx(best[1], abs=0.1)
+
+
+def test_predicting_needs_no_pycocotools(checkpoint, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(coco, "COCO", None)  # as after a failed import
+    monkeypatch.delattr(coco, "coco_mask")
+    photos, out = draw_photos(tmp_path / "photos", SIZES[:2]), tmp_path / "out"
+    assert predict(monkeypatch, photos, "--checkpoint", checkpoint, "--out", out, "--threshold", 0.1) == 0
+    annotations = json.loads((out / "detections.json").read_text())["annotations"]
+    assert annotations and not any("segmentation" in annotation for annotation in annotations)
+    assert ("pip install pycocotools" in capsys.readouterr().out) == ("mask" in checkpoint.parent.name)
+
+
+def test_wrong_paths_and_options_of_predict_are_named(retinanet, monkeypatch, capsys, tmp_path):
+    photos = draw_photos(tmp_path / "photos", SIZES[:2])
+    other = draw_photos(tmp_path / "other", SIZES[:1])
+    (tmp_path / "empty").mkdir()
+    end = ["--checkpoint", retinanet, "--device", "cpu", "--out", tmp_path / "out"]
+    for options, words in [
+        ([tmp_path / "none.jpg", *end], ["none.jpg: no such image"]),
+        ([tmp_path / "empty", *end], ["empty: no such image"]),
+        ([photos, other, *end], ["out/0.png is where two pictures would go"]),
+        ([photos, *end[:-1], photos], [f"{photos / '0.png'} is where two pictures would go, or an image is"]),
+        ([photos, *end, "--threshold", 50], ["--threshold 50.0", "from 0 to 1"]),
+        ([photos, *end, "--checkpoint", tmp_path / "none.pt"], ["none.pt"]),
+    ]:
+        error = error_line(detect, capsys, monkeypatch, "predict", *options)
+        assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (60, 40), (640, 480), (4000, 30), (3000, 2000)])
+def test_lines_and_names_grow_with_the_photo_and_stay_inside(size):
+    boxes = torch.tensor([[0.0, 0, 0.4, 0.4], [0.6, 0.6, 1, 1], [0.3, 0.3, 0.3, 0.3]]) * torch.tensor(size * 2)
+    found = {"boxes": boxes, "labels": torch.tensor([0, 1, 1]), "scores": torch.tensor([0.9, 0.6, 0.5])}
+    photo = Image.new("RGB", size, "gray")
+    picture = np.array(detect.draw_detections(photo, found, NAMES)).astype(int)
+    assert set(np.array(photo).flat) == {128}  # unchanged
+    height, width, _ = picture.shape
+    assert (width, height) == {(1, 1): (512, 512), (60, 40): (540, 360)}.get(size, size)
+    changed = (picture != 128).any(2)
+    assert changed[-1, -1] and changed[0, 0]  # edges at the photo's border are seen
+    if height > 300:
+        line = round(max(width, height) / 400)
+        row = changed[int(height * 0.8)]  # the left edge of the second box; its right one is at the border
+        assert row[: width - line].sum() == row[width - line :].sum() == line
+        tag = (picture == detect.default_colors(2)[0]).all(2)[: height // 4, line : width // 10]  # of the first box
+        assert width / 100 < tag.any(1).sum() < width / 25
+
+
+def test_masks_are_translucent():
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3)).astype(np.uint8)
+    found = {
+        "boxes": torch.tensor([[150.0, 100, 400, 400]]),
+        "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.8]),
+    }
+    inside = np.zeros((480, 640), dtype=bool)
+    inside[200:300, 180:380] = True
+    masks = torch.from_numpy(inside)[None]
+    plain = np.array(detect.draw_detections(Image.fromarray(pixels), found, NAMES))
+    drawn = np.array(detect.draw_detections(Image.fromarray(pixels), {**found, "masks": masks}, NAMES))
+    assert np.array_equal(plain[~inside], drawn[~inside])
+    blended = (plain[inside].astype(int) + detect.default_colors(2)[1]) / 2
+    assert np.abs(drawn[inside] - blended).max() <= 1

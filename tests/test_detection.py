@@ -180,10 +180,14 @@ def test_a_checkpoint_restores_its_model(name, images, tmp_path):
     batch = batch_images(images).tensors
     for x, y in zip(model.extract_features(batch)[0].values(), loaded.extract_features(batch)[0].values(), strict=True):
         torch.testing.assert_close(x, y)
+    save_checkpoint(tmp_path / "frozen.pt", loaded.freeze_text())
+    frozen, (features, score_map) = load_checkpoint(tmp_path / "frozen.pt"), model.extract_features(batch)
+    assert torch.equal(frozen.extract_features(batch)[1], score_map) and len(features) == 5
+    assert not any("text_encoder.transformer" in key for key in frozen.state_dict())
 
 
 @pytest.mark.parametrize("name", ["retinanet_tiny", "mask_rcnn_tiny"])
-def test_boxes_keep_full_precision_under_autocast(name, images):
+def test_boxes_and_masks_keep_full_precision_under_autocast(name, images):
     torch.manual_seed(0)
     model = build_model(name, NAMES).train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -193,6 +197,10 @@ def test_boxes_keep_full_precision_under_autocast(name, images):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         for detections in model.eval()(images):
             assert detections["boxes"].dtype == detections["scores"].dtype == torch.float32
+    masks, boxes = torch.rand(3, 28, 28), torch.tensor([[3.3, 5.1, 80.7, 60.2]]).expand(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        pasted = paste_masks(masks, boxes, (70, 100))
+    assert torch.equal(pasted, paste_masks(masks, boxes, (70, 100)))
 
 
 def test_the_readmes_example_runs():

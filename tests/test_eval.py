@@ -16,7 +16,7 @@ from torch import nn
 import eval as evaluation
 from data import SegmentationDataset
 from denseclip import build_model, load_checkpoint, save_checkpoint
-from eval import ConfusionMatrix, evaluate, predict_probabilities, sliding_window, window_starts
+from eval import ConfusionMatrix, evaluate, predict_labels, predict_probabilities, sliding_window, window_starts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 class Toy(nn.Module):
     """Logits from a 3 x 3 convolution: cheap, and with borders that differ from window to window."""
 
-    def __init__(self, crop_size=32):
+    def __init__(self, crop_size=32, short_side=32):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.crop_size, self.class_names = nn.Conv2d(3, len(NAMES), 3, padding=1), crop_size, NAMES
+        self.short_side = short_side
         self.sizes = []
 
     def forward(self, images):
@@ -87,7 +88,8 @@ def test_scores_equal_a_plain_count():
     assert scores["iou"][5].isnan() and scores["accuracy"][4].isnan()
 
     table = evaluation.format_table(scores, ["a", "b", "c", "d", "predicted", "absent"])
-    assert "absent                 -         -" in table and f"{scores['miou']:.2f}" in table
+    assert "(1 of 6 classes are neither labeled nor predicted)" in table and f"{scores['miou']:.2f}" in table
+    assert "predicted           0.00         -" in table and "absent  " not in table
     assert evaluation.to_json(scores)["iou"][5] is None
 
 
@@ -143,12 +145,11 @@ def test_a_small_image_goes_through_whole():
     assert model.sizes[1:] == [(20, 32)]
 
 
-def test_multi_scale_is_the_mean_of_softmaxes():
+def test_multi_scale_is_the_mean_of_softmaxes(monkeypatch):
     model, image, size = Toy(), torch.randn(3, 40, 60), (50, 75)
     expected = []
     for scale in evaluation.SCALES:
-        long, short = int(96 * scale), int(36 * scale)
-        factor = min(long / 60, short / 40)
+        factor = int(36 * scale) / 40
         h, w = int(40 * factor + 0.5), int(60 * factor + 0.5)
         scaled = nn.functional.interpolate(image[None], size=(h, w), mode="bilinear", align_corners=False)
         for flip in (False, True):
@@ -156,14 +157,19 @@ def test_multi_scale_is_the_mean_of_softmaxes():
             logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
             probabilities = logits.softmax(1)[0]
             expected.append(probabilities.flip(-1) if flip else probabilities)
-    actual = predict_probabilities(model, image, size, (96, 36), evaluation.SCALES, flip=True)
+    protocol = {"short_side": 36, "scales": evaluation.SCALES, "flip": True}
+    actual = predict_probabilities(model, image, size, **protocol)
     torch.testing.assert_close(actual, torch.stack(expected).mean(0))
+    for strip in (1, len(NAMES) * 75 * 7):  # one row at a time, seven rows
+        monkeypatch.setattr(evaluation, "STRIP", strip)
+        torch.testing.assert_close(predict_probabilities(model, image, size, **protocol), actual)
+        assert torch.equal(predict_labels(model, image, size, **protocol), actual.argmax(0))
     assert not actual.requires_grad
     torch.testing.assert_close(actual.sum(0), torch.ones(size))
 
 
 def test_images_are_resized_to_fit_both_limits():
-    model = Toy(crop_size=4000)
+    model = Toy(crop_size=4000, short_side=512)
     predict_probabilities(model, torch.zeros(3, 300, 400), (300, 400))
     predict_probabilities(model, torch.zeros(3, 100, 1000), (5, 5))
     assert model.sizes == [(512, 683), (205, 2048)]
@@ -176,7 +182,7 @@ def test_evaluate_scores_every_image_once_and_leaves_no_trace(folders):
     model, dataset = Toy().train(), SegmentationDataset(*folders, len(NAMES))
     matrix = ConfusionMatrix(len(NAMES))
     for image, label, _ in dataset:
-        matrix.update(predict_probabilities(model, image, label.shape, limits=(2048, 32)).argmax(0), label)
+        matrix.update(predict_labels(model, image, label.shape), label)
     before = torch.get_rng_state()
     scores = evaluate(model, dataset, "cpu")
     assert torch.equal(before, torch.get_rng_state()) and model.training
@@ -210,7 +216,7 @@ def test_saved_masks_hold_the_data_sets_own_values(folders, tmp_path, reduce_zer
 @pytest.fixture
 def checkpoint(tmp_path):
     torch.manual_seed(0)
-    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), run={"short_side": 64})
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES, short_side=64))
     return tmp_path / "best.pt"
 
 
@@ -242,7 +248,7 @@ def test_two_processes_score_what_one_does(folders, checkpoint, tmp_path):
     assert len(list((tmp_path / "saved").iterdir())) == 7  # an odd number: one process has more than the other
     two = json.loads((tmp_path / "two.json").read_text())
     dataset = SegmentationDataset(*folders, len(NAMES))
-    one = evaluate(load_checkpoint(checkpoint), dataset, "cpu", short_side=64)
+    one = evaluate(load_checkpoint(checkpoint), dataset, "cpu")
     assert two == {"images": 7, "class_names": NAMES, **evaluation.to_json(one)}
 
 
@@ -278,12 +284,25 @@ def test_conventions_of_the_training_data_are_the_checkpoints(folders, tmp_path,
     for path in Path(masks).iterdir():
         mask = np.array(Image.open(path))
         Image.fromarray(np.where(mask == 255, 9, mask + 1).astype(np.uint8)).save(path)
-    run_settings = {"short_side": 64, "ignore_index": 9, "reduce_zero_label": True}
-    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), run=run_settings)
+    run_settings = {"ignore_index": 9, "reduce_zero_label": True}
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES, short_side=64), run=run_settings)
     options = ["--checkpoint", tmp_path / "best.pt", "--val", *folders, "--workers", 0, "--device", "cpu"]
     run(evaluation, monkeypatch, *options, "--json", tmp_path / "new" / "scores.json")
     assert "on 7 images" in capsys.readouterr().out and (tmp_path / "new" / "scores.json").is_file()
     assert "value 9" in error_line(evaluation, capsys, monkeypatch, *options, "--ignore-index", 255)
+
+    # The validation set and the colors, too
+    colors = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
+    known = {"run": run_settings, "data": {"val": list(folders), "colors": colors}}
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES, short_side=64), **known)
+    alone = ["--checkpoint", tmp_path / "best.pt", "--workers", 0, "--device", "cpu"]
+    run(evaluation, monkeypatch, *alone, "--save-masks", tmp_path / "saved")
+    assert "on 7 images" in capsys.readouterr().out
+    assert {tuple(c) for _, c in Image.open(tmp_path / "saved/0.png").convert("RGB").getcolors()} <= set(colors)
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), data={"val": ["gone", "too"]})
+    assert "gone: the validation set of training is not here; give --val" in error_line(
+        evaluation, capsys, monkeypatch, *alone
+    )
 
     # A checkpoint that was not made by training knows nothing of masks: then ADE20K's layout decides.
     save_checkpoint(tmp_path / "bare.pt", build_model("tiny", NAMES))

@@ -22,7 +22,7 @@ from eval import evaluate
 from train import Recipe, learning_rate, parameter_groups, train
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = Recipe(iterations=6, batch_size=4, lr=1e-3, warmup=2, seed=3, short_side=64)
+SMALL = Recipe(iterations=6, batch_size=4, lr=1e-3, warmup=2, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def small_run(folders, out, recipe=SMALL, model=None, **options):
     """train() on the tiny model: six iterations of 64-pixel crops, with augmentation, shuffling and dropout."""
     torch.manual_seed(recipe.seed)
     model = model or build_model("tiny", NAMES, crop_size=64)
-    train_set = SegmentationDataset(*folders["train"], len(NAMES), TrainTransform(64, (2048, recipe.short_side)))
+    train_set = SegmentationDataset(*folders["train"], len(NAMES), TrainTransform(64, (2048, 64)))
     val_set = SegmentationDataset(*folders["val"], len(NAMES))
     out.mkdir(exist_ok=True)
     options = {"workers": 0, "eval_every": 1_000, "log_every": 2, **options}
 
     def score(model):
-        return evaluate(model, val_set, "cpu", short_side=recipe.short_side)
+        return evaluate(model, val_set, "cpu")
 
     return train(model, train_set, recipe, out, torch.device("cpu"), **{"evaluate_model": score, **options})
 
@@ -164,8 +164,8 @@ def test_defaults_are_the_papers_run(monkeypatch, tmp_path):
     assert recipe == Recipe(reduce_zero_label=True)
     assert (recipe.iterations, recipe.batch_size, recipe.optimizer, recipe.lr) == (80_000, 32, "adamw", 1e-4)
     assert (recipe.weight_decay, recipe.backbone_lr_multiplier, recipe.text_lr_multiplier) == (1e-4, 0.1, 0.0)
-    assert (recipe.warmup, recipe.clip_grad, recipe.precision, recipe.short_side) == (1_500, 0.0, "fp32", 512)
-    assert (model.name, model.class_names, model.crop_size) == ("rn50", names, 512)
+    assert (recipe.warmup, recipe.clip_grad, recipe.precision) == (1_500, 0.0, "fp32")
+    assert (model.name, model.class_names, model.crop_size, model.short_side) == ("rn50", names, 512, 512)
 
 
 # ------------------------------------------------------------------------------------------------ loop
@@ -263,7 +263,7 @@ def test_accumulation_divides_the_batch(folders, tmp_path):
         model, seen = build_model("tiny", NAMES, crop_size=64), []
         model.train = lambda mode=True, model=model: torch.nn.Module.train(model, False)  # fixed statistics, no dropout
         model.neck.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(len(inputs[0][0])))
-        recipe = Recipe(iterations=2, batch_size=4, warmup=0, seed=1, short_side=64)
+        recipe = Recipe(iterations=2, batch_size=4, warmup=0, seed=1)
         small_run(folders, tmp_path / str(accumulate), recipe, model, accumulate=accumulate)
         assert seen[: 2 * accumulate] == [4 // accumulate] * (2 * accumulate)
         state = read_checkpoint(tmp_path / str(accumulate) / "last.pt")["optimizer"]["state"]
@@ -307,7 +307,7 @@ def log_in_process(rank, folder, folders):
     torch.manual_seed(0)
     model, losses = build_model("tiny", NAMES, crop_size=64), []
     model.register_forward_hook(lambda _, __, output: losses.append(sum(output.values()).item()))
-    recipe = Recipe(iterations=2, batch_size=4, lr=0.0, short_side=64)
+    recipe = Recipe(iterations=2, batch_size=4, lr=0.0)
     small_run(folders, folder / "out", recipe, model, evaluate_model=lambda model: {"miou": 0.0})
     (folder / f"{rank}.json").write_text(json.dumps(losses))
     dist.barrier()
@@ -336,18 +336,20 @@ def test_weights_are_fetched_before_the_processes_join(folders, tmp_path, monkey
     with pytest.raises(SystemExit):
         run(training, monkeypatch, *arguments(folders, tmp_path / "run"), "--clip", "RN50")
     assert calls == ["RN50", "join", "RN50"]
-    assert "no data set here" in error_line(training, capsys, monkeypatch, "--data", tmp_path, "--out", tmp_path / "other")
+    assert "no data set here" in error_line(
+        training, capsys, monkeypatch, "--data", tmp_path, "--out", tmp_path / "other"
+    )
     assert len(calls) == 3
 
 
 def test_bf16_trains(folders, tmp_path):
-    small_run(folders, tmp_path, Recipe(iterations=2, batch_size=2, warmup=0, precision="bf16", short_side=64))
+    small_run(folders, tmp_path, Recipe(iterations=2, batch_size=2, warmup=0, precision="bf16"))
     assert all(p.dtype == torch.float32 for p in load_checkpoint(tmp_path / "last.pt").parameters())
 
 
 @pytest.mark.slow
 def test_a_small_set_is_learned(folders, tmp_path):
-    recipe = Recipe(iterations=60, batch_size=4, lr=2e-3, backbone_lr_multiplier=1.0, warmup=5, short_side=64)
+    recipe = Recipe(iterations=60, batch_size=4, lr=2e-3, backbone_lr_multiplier=1.0, warmup=5)
     assert small_run(folders, tmp_path, recipe)["miou"] > 60
 
 
