@@ -4,11 +4,10 @@ A backbone maps images (B, 3, H, W) to four feature maps, fine to coarse. `Atten
 pool, randomly initialized, to the last of them, so that the frozen text encoder can guide the backbone.
 
     backbone = AttentionPoolBackbone(SwinPyramid("swin_t", "IMAGENET1K_V1"), embed_dim=1024)
-
-This file needs torch, torchvision and clip_model.py.
 """
 
 import importlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from clip_model import (
-    MEAN,
-    STD,
-    AttentionPool2d,
-    VisionTransformer,
-    load_weights,
-    one_at_a_time,
-    read_weights,
-    resize_positions,
-)
+import clip_model
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -52,7 +42,7 @@ class AttentionPoolBackbone(nn.Module):
         if embed_dim:
             width, grid = shapes[-1][1:3]
             heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)  # of 64 channels, or more
-            self.attnpool = AttentionPool2d(grid, width, heads, embed_dim)
+            self.attnpool = clip_model.AttentionPool2d(grid, width, heads, embed_dim)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """images: (B, 3, H, W), normalized with CLIP's mean and std
@@ -75,14 +65,14 @@ class AttentionPoolBackbone(nn.Module):
         try:
             shapes = [tuple(x.shape) for x in self.pyramid(image)]
         except Exception as error:
-            raise ValueError(
-                f"{name} fails on an image of {side} x {side} pixels: {str(error).partition(chr(10))[0]}"
-            ) from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{name} fails on an image of {side} x {side} pixels: {reason}") from error
         self.module.train(training)
-        if [len(shape) for shape in shapes] != [4] * 4:
-            raise ValueError(f"{name}: expected four feature maps (B, C, H, W), fine to coarse, got {shapes}")
-        if any(abs(2 * shapes[i + 1][d] - shapes[i][d]) > 1 for i in range(3) for d in (2, 3)):
-            raise ValueError(f"{name}: expected maps (B, C, H, W) that halve in size each time, got {shapes}")
+        four = [len(shape) for shape in shapes] == [4] * 4
+        if not four or any(abs(2 * shapes[i + 1][d] - shapes[i][d]) > 1 for i in range(3) for d in (2, 3)):
+            raise ValueError(
+                f"{name}: expected four feature maps (B, C, H, W) that halve in size each time, got {shapes}"
+            )
         return shapes
 
 
@@ -90,9 +80,7 @@ class FourScales:
     """Resamples a ViT's four maps to strides P/4, P/2, P and 2P, for patches of P pixels."""
 
     def make_scales(self, width: int) -> None:
-        def up() -> nn.Module:
-            return nn.ConvTranspose2d(width, width, 2, stride=2)
-
+        up = partial(nn.ConvTranspose2d, width, width, 2, stride=2)
         self.fpn1 = nn.Sequential(nn.GroupNorm(1, width), up(), nn.BatchNorm2d(width), nn.GELU(), up())
         self.fpn2 = nn.Sequential(nn.GroupNorm(1, width), up())
         self.fpn3 = nn.GroupNorm(1, width)
@@ -103,12 +91,12 @@ class FourScales:
         return [scale(x) for scale, x in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), maps, strict=True)]
 
 
-class PyramidViT(VisionTransformer, FourScales):
+class PyramidViT(clip_model.VisionTransformer, FourScales):
     """CLIP's ViT with its four maps resampled."""
 
-    def __init__(self, layers: int, width: int, *others):  # as VisionTransformer's
-        super().__init__(layers, width, *others)
-        self.make_scales(width)
+    def __init__(self, a: clip_model.Architecture, *others):  # as VisionTransformer's
+        super().__init__(a, *others)
+        self.make_scales(a.width)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         maps, global_embedding, visual_embeddings = super().forward(images)  # four (B, D, h, w), (B, C), (B, C, h, w)
@@ -117,8 +105,6 @@ class PyramidViT(VisionTransformer, FourScales):
 
 class ViTPyramid(nn.Module, FourScales):
     """torchvision's ViT without its classifier: outputs of blocks 3, 5, 7 and 11 (from 0), resampled like CLIP's."""
-
-    names = ("vit_b_16",)
 
     def __init__(self, name: str, weights: str | None = None):
         super().__init__()
@@ -130,8 +116,9 @@ class ViTPyramid(nn.Module, FourScales):
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.conv_proj(images)  # (B, D, h, w)
         size = x.shape[-2:]
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
-        x, maps = x + resize_positions(self.pos_embedding[0], tuple(size)), []  # (B, 1 + hw, D)
+        class_token = self.class_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
+        x = torch.cat([class_token, x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
+        x, maps = x + clip_model.resize_positions(self.pos_embedding[0], tuple(size)), []  # (B, 1 + hw, D)
         for i, layer in enumerate(self.layers):
             x = layer(x)  # (B, 1 + hw, D)
             if i in (3, 5, 7, 11):
@@ -141,8 +128,6 @@ class ViTPyramid(nn.Module, FourScales):
 
 class ResNetPyramid(nn.Module):
     """torchvision's ResNet without its classifier: four maps at strides 4, 8, 16, 32."""
-
-    names = ("resnet18", "resnet50", "resnet101")
 
     def __init__(self, name: str, weights: str | None = None):
         super().__init__()
@@ -165,8 +150,6 @@ class SwinPyramid(nn.Module):
     These norms and the padding of images to full patches follow mmsegmentation's Swin. drop_path grows linearly with
     depth; Swin's authors use 0.3 for UperNet on Swin-T and Swin-S.
     """
-
-    names = ("swin_t", "swin_s")
 
     def __init__(self, name: str, weights: str | None = None, drop_path: float = 0.3):
         super().__init__()
@@ -192,7 +175,7 @@ class ImageNetNormalize(nn.Module):
 
     def __init__(self):
         super().__init__()
-        mean, std = torch.tensor([MEAN, IMAGENET_MEAN]), torch.tensor([STD, IMAGENET_STD])
+        mean, std = torch.tensor([clip_model.MEAN, IMAGENET_MEAN]), torch.tensor([clip_model.STD, IMAGENET_STD])
         self.register_buffer("scale", (std[0] / std[1]).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", ((mean[0] - mean[1]) / std[1]).view(3, 1, 1), persistent=False)
 
@@ -200,7 +183,8 @@ class ImageNetNormalize(nn.Module):
         return images * self.scale + self.shift
 
 
-PYRAMIDS = {name: pyramid for pyramid in (ResNetPyramid, SwinPyramid, ViTPyramid) for name in pyramid.names}
+PYRAMIDS = dict.fromkeys(("resnet18", "resnet50", "resnet101"), ResNetPyramid)
+PYRAMIDS |= {"swin_t": SwinPyramid, "swin_s": SwinPyramid, "vit_b_16": ViTPyramid}
 
 
 def build_backbone(name: str, weights: str | None = None, drop_path: float | None = None) -> nn.Module:
@@ -213,10 +197,8 @@ def build_backbone(name: str, weights: str | None = None, drop_path: float | Non
         except (ImportError, AttributeError) as error:
             raise ValueError(f"--backbone {name}: {error}; is {path} in this folder or on PYTHONPATH?") from error
     if name not in PYRAMIDS:
-        raise ValueError(
-            f"no backbone named {name!r}: choose one of {', '.join(PYRAMIDS)} or package.module:function; a module of "
-            "your own is given again to load its checkpoint: load_checkpoint(path, backbone=module)"
-        )
+        own = "package.module:function; your own module is given again to load_checkpoint(path, backbone=module)"
+        raise ValueError(f"no backbone named {name!r}: choose one of {', '.join(PYRAMIDS)} or {own}")
     return PYRAMIDS[name](name, weights, *([] if drop_path is None else [drop_path]))
 
 
@@ -231,23 +213,23 @@ def load_torchvision(name: str, weights: str | None = None) -> nn.Module:
     named = torchvision.models.get_model_weights(name).__members__
     if weights and weights not in named and not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such file; weights of {name} are a path or one of {', '.join(named)}")
-    try:
-        if weights in named:
-            with one_at_a_time(Path(torch.hub.get_dir(), "checkpoints", Path(named[weights].value.url).name)):
+    if weights in named:
+        url = named[weights].value.url
+        try:
+            with clip_model.one_at_a_time(Path(torch.hub.get_dir(), "checkpoints", Path(url).name)):
                 net = torchvision.models.get_model(name, weights=weights)
-        else:
-            net = torchvision.models.get_model(name, weights=None)
-    except (OSError, RuntimeError) as error:  # no connection, or a file with another hash
-        raise ValueError(
-            f"{named[weights].value.url}: {error}; run again, or fetch it by hand and give its path"
-        ) from None
+        except (OSError, RuntimeError) as error:  # no connection, or a file with another hash
+            raise ValueError(f"{url}: {error}; run again, or fetch it by hand and give its path") from None
+    else:
+        net = torchvision.models.get_model(name)
     classifier = [part for part in ("fc", "norm", "head", "heads") if hasattr(net, part)]
     for part in classifier:
         setattr(net, part, nn.Identity())
     if weights and weights not in named:
-        state_dict = read_weights(weights)
+        state_dict = clip_model.read_weights(weights)
         for prefix in ("module.", "encoder_q.", "backbone."):
             inside = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
             state_dict = inside or state_dict
-        load_weights(net, {k: v for k, v in state_dict.items() if k.split(".")[0] not in classifier}, weights)
+        state_dict = {k: v for k, v in state_dict.items() if k.split(".")[0] not in classifier}
+        clip_model.load_weights(net, state_dict, weights)
     return net

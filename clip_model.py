@@ -77,18 +77,23 @@ FILES = {  # on the server: sha256 of the file / its name
 }
 
 
-# ------------------------------------------------------------------------------------------------ positions
+# ------------------------------------------------------------------------------------------------ shared parts
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Multi-head attention. q: (B, N, D); k, v: (B, M, D); mask: (N, M), added to the logits; return: (B, N, D)."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, D / heads)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, D / heads)
+    return x.transpose(1, 2).flatten(2)  # (B, N, D)
 
 
 def resize_positions(positions: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate the positional embeddings of a square grid to another grid size.
 
     positions: (1 + G * G, D), the first row for the class token or the mean; size: (H, W)
-    return:    (1 + H * W, D), bilinear, the first row unchanged
+    return:    (1 + H * W, D), bilinear, the first row unchanged; at the grid's own size, the same numbers
     """
     grid = math.isqrt(len(positions) - 1)
-    if size == (grid, grid):
-        return positions
     square = positions[1:].T.reshape(1, -1, grid, grid)  # (1, D, G, G)
     square = F.interpolate(square, size=size, mode="bilinear", align_corners=False)  # (1, D, H, W)
     return torch.cat([positions[:1], square[0].flatten(1).T])  # (1 + HW, D)
@@ -130,9 +135,11 @@ class AttentionPool2d(nn.Module):
         self.heads = heads
         self.crop_positions = crop_positions  # whether maps smaller than the grid get its corner, not a resized grid
         self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, width) * width**-0.5)
-        self.k_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
+        self.k_proj, self.q_proj, self.v_proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
         self.c_proj = nn.Linear(width, embed_dim)
         for projection in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
             nn.init.normal_(projection.weight, std=width**-0.5)
@@ -150,20 +157,16 @@ class AttentionPool2d(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # [x4_bar, x4]: (B, 1 + HW, D)
         x = x + self.positions(height, width).to(x.dtype)  # (B, 1 + HW, D)
-        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # three times (B, 1 + HW, D)
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, heads, 1 + HW, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1 + HW, D / heads)
-        x = self.c_proj(x.transpose(1, 2).flatten(2))  # (B, 1 + HW, C)
+        x = self.c_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))  # (B, 1 + HW, C)
         return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (height, width))  # (B, C), (B, C, H, W)
 
 
 class ResNet(nn.Module):
     """CLIP's ResNet: a stem of three convolutions, average pools as strides, an attention pool at the end."""
 
-    def __init__(
-        self, layers: tuple, width: int, embed_dim: int, input_resolution: int = 224, crop_positions: bool = False
-    ):
+    def __init__(self, a: Architecture, crop_positions: bool = False):
         super().__init__()
+        width, layers = a.width, a.layers
         self.channels = [width * 4, width * 8, width * 16, width * 32]  # of the pyramid's four maps
         self.score_level = 3  # index of the map with the size of visual_embeddings
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
@@ -177,9 +180,9 @@ class ResNet(nn.Module):
         self.layer3 = self._stage(width * 8, width * 4, layers[2], stride=2)
         self.layer4 = self._stage(width * 16, width * 8, layers[3], stride=2)
         self.attnpool = None
-        if embed_dim:
-            heads = max(1, width * 32 // 64)
-            self.attnpool = AttentionPool2d(input_resolution // 32, width * 32, heads, embed_dim, crop_positions)
+        if a.embed_dim:
+            grid, heads = a.input_resolution // 32, width * 32 // 64
+            self.attnpool = AttentionPool2d(grid, width * 32, heads, a.embed_dim, crop_positions)
 
     @staticmethod
     def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -218,7 +221,7 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, width: int, heads: int, quick_gelu: bool = True, drop_path: float = 0.0):
         super().__init__()
         self.drop_path = drop_path
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attn = nn.MultiheadAttention(width, heads)  # parameters alone: its forward is slow in evaluation
         self.ln_1 = nn.LayerNorm(width)
         gelu = QuickGELU() if quick_gelu else nn.GELU()
         mlp = {"c_fc": nn.Linear(width, width * 4), "gelu": gelu, "c_proj": nn.Linear(width * 4, width)}
@@ -234,8 +237,9 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (B, N, D); mask: (N, N), added to the attention logits; return: (B, N, D)."""
-        y = self.ln_1(x)  # (B, N, D)
-        x = x + self.apply_drop_path(self.attn(y, y, y, need_weights=False, attn_mask=mask)[0])  # (B, N, D)
+        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)  # (B, N, 3D)
+        y = self.attn.out_proj(attention(*qkv.chunk(3, dim=2), self.attn.num_heads, mask))  # (B, N, D)
+        x = x + self.apply_drop_path(y)  # (B, N, D)
         return x + self.apply_drop_path(self.mlp(self.ln_2(x)))  # (B, N, D)
 
 
@@ -264,32 +268,23 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's ViT. The four feature maps are the outputs of the blocks at 1/3, 1/2, 2/3 and all of the depth."""
 
-    def __init__(
-        self,
-        layers: int,
-        width: int,
-        patch_size: int,
-        embed_dim: int,
-        input_resolution: int = 224,
-        quick_gelu: bool = True,
-        drop_path: float = 0.0,
-        double_class_embedding: bool = False,
-    ):
+    def __init__(self, a: Architecture, quick_gelu: bool, drop_path: float = 0.0, double_class_embedding: bool = False):
         super().__init__()
+        width, layers = a.width, a.layers
         self.channels = [width] * 4
         self.score_level = 2
         self.double_class_embedding = double_class_embedding
         self.blocks = [layers // 3 - 1, layers // 2 - 1, 2 * layers // 3 - 1, layers - 1]  # 3, 5, 7, 11 of 12
-        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.conv1 = nn.Conv2d(3, width, a.patch_size, stride=a.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        grid = input_resolution // patch_size
+        grid = a.input_resolution // a.patch_size
         self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, max(1, width // 64), quick_gelu, drop_path)
         self.proj = None
-        if embed_dim:
+        if a.embed_dim:
             self.ln_post = nn.LayerNorm(width)
-            self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+            self.proj = nn.Parameter(torch.randn(width, a.embed_dim) * width**-0.5)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """images: (B, 3, H, W); return: four maps (B, D, h, w), z_bar (B, C), z (B, C, h, w).
@@ -299,9 +294,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images)  # (B, D, h, w)
         size = x.shape[-2:]
         # Released code of DenseCLIP: the class embedding is added to its token twice.
-        class_token = self.class_embedding * (2 if self.double_class_embedding else 1)  # (D,)
-        class_token = class_token.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
-        x = torch.cat([class_token, x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
+        class_token = self.class_embedding.to(x.dtype) * (2 if self.double_class_embedding else 1)  # (D,)
+        x = torch.cat([class_token.expand(x.shape[0], 1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
         x = x + resize_positions(self.positional_embedding, tuple(size)).to(x.dtype)  # (B, 1 + hw, D)
         outputs = self.transformer(self.ln_pre(x))  # one (B, 1 + hw, D) per block
         pyramid = [outputs[i][:, 1:].transpose(1, 2).unflatten(2, size) for i in self.blocks]  # four (B, D, h, w)
@@ -314,22 +308,14 @@ class VisionTransformer(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP's text transformer, with optional learned contexts before the words."""
 
-    def __init__(
-        self,
-        embed_dim: int,
-        width: int,
-        layers: int = 12,
-        context_length: int = 77,
-        vocab_size: int = 49408,
-        quick_gelu: bool = True,
-    ):
+    def __init__(self, a: Architecture, quick_gelu: bool = True):
         super().__init__()
-        self.context_length, self.width, self.embed_dim = context_length, width, embed_dim
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
-        self.transformer = Transformer(width, layers, max(1, width // 64), quick_gelu)
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.context_length, self.width, self.embed_dim = a.context_length, a.text_width, a.embed_dim
+        self.token_embedding = nn.Embedding(a.vocab_size, self.width)
+        self.positional_embedding = nn.Parameter(torch.randn(a.context_length, self.width) * 0.01)
+        self.transformer = Transformer(self.width, a.text_layers, max(1, self.width // 64), quick_gelu)
+        self.ln_final = nn.LayerNorm(self.width)
+        self.text_projection = nn.Parameter(torch.randn(self.width, a.embed_dim) * self.width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, contexts: Tensor | None = None) -> Tensor:
@@ -366,12 +352,8 @@ class CLIP(nn.Module):
     def __init__(self, architecture: Architecture, quick_gelu: bool = True):
         super().__init__()
         self.architecture = a = architecture
-        if a.patch_size:
-            sizes = (a.layers, a.width, a.patch_size, a.embed_dim, a.input_resolution)
-            self.visual = VisionTransformer(*sizes, quick_gelu)
-        else:
-            self.visual = ResNet(a.layers, a.width, a.embed_dim, a.input_resolution)
-        self.text = TextEncoder(a.embed_dim, a.text_width, a.text_layers, a.context_length, a.vocab_size, quick_gelu)
+        self.visual = VisionTransformer(a, quick_gelu) if a.patch_size else ResNet(a)
+        self.text = TextEncoder(a, quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor) -> Tensor:

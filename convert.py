@@ -9,6 +9,7 @@ Reads DenseCLIP's and the CLIP baselines' Semantic FPN, RetinaNet and Mask R-CNN
 
 import argparse
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -25,48 +26,38 @@ CLASSIFIERS = {  # each task's classifier in the release, and its number of outp
     "retinanet": ("bbox_head.retina_cls.weight", 9),
     "mask_rcnn": ("roi_head.mask_head.conv_logits.weight", 1),
 }
-NAMES = {  # each task's names in the release, as regular expressions, and ours; "encoder." precedes all others
-    "segmentation": {r"(neck|decode_head)\.": r"\1."},
-    "retinanet": {
-        r"neck\.fpn_convs\.3\.conv": r"neck.p6",
-        r"neck\.fpn_convs\.4\.conv": r"neck.p7",
-        r"neck\.": r"neck.",
-        r"bbox_head\.cls_convs\.(\d)\.conv": r"head.classification_head.conv.\1.0",
-        r"bbox_head\.retina_cls": r"head.classification_head.cls_logits",
-        r"bbox_head\.reg_convs\.(\d)\.conv": r"head.regression_head.conv.\1.0",
-        r"bbox_head\.retina_reg": r"head.regression_head.bbox_reg",
-    },
-    "mask_rcnn": {
-        r"neck\.": r"neck.",
-        r"rpn_head\.rpn_conv": r"head.rpn.head.conv.0.0",
-        r"rpn_head\.rpn_cls": r"head.rpn.head.cls_logits",
-        r"rpn_head\.rpn_reg": r"head.rpn.head.bbox_pred",
-        r"roi_head\.bbox_head\.shared_fcs\.0": r"head.roi_heads.box_head.fc6",
-        r"roi_head\.bbox_head\.shared_fcs\.1": r"head.roi_heads.box_head.fc7",
-        r"roi_head\.bbox_head\.fc_cls": r"head.roi_heads.box_predictor.cls_score",
-        r"roi_head\.bbox_head\.fc_reg": r"head.roi_heads.box_predictor.bbox_pred",
-        r"roi_head\.mask_head\.convs\.(\d)\.conv": r"head.roi_heads.mask_head.\1.0",
-        r"roi_head\.mask_head\.upsample": r"head.roi_heads.mask_predictor.conv5_mask",
-        r"roi_head\.mask_head\.conv_logits": r"head.roi_heads.mask_predictor.mask_fcn_logits",
-    },
+RETINANET = {r"neck\.fpn_convs\.3\.conv": "neck.p6", r"neck\.fpn_convs\.4\.conv": "neck.p7"}  # elsewhere, 3 is P5's
+NAMES = {  # names in the release, as regular expressions, and ours; "encoder." precedes all others
+    r"(neck|decode_head)\.": r"\1.",
+    r"bbox_head\.cls_convs\.(\d)\.conv": r"head.classification_head.conv.\1.0",
+    r"bbox_head\.retina_cls": r"head.classification_head.cls_logits",
+    r"bbox_head\.reg_convs\.(\d)\.conv": r"head.regression_head.conv.\1.0",
+    r"bbox_head\.retina_reg": r"head.regression_head.bbox_reg",
+    r"rpn_head\.rpn_conv": r"head.rpn.head.conv.0.0",
+    r"rpn_head\.rpn_cls": r"head.rpn.head.cls_logits",
+    r"rpn_head\.rpn_reg": r"head.rpn.head.bbox_pred",
+    r"roi_head\.bbox_head\.shared_fcs\.0": r"head.roi_heads.box_head.fc6",
+    r"roi_head\.bbox_head\.shared_fcs\.1": r"head.roi_heads.box_head.fc7",
+    r"roi_head\.bbox_head\.fc_cls": r"head.roi_heads.box_predictor.cls_score",
+    r"roi_head\.bbox_head\.fc_reg": r"head.roi_heads.box_predictor.bbox_pred",
+    r"roi_head\.mask_head\.convs\.(\d)\.conv": r"head.roi_heads.mask_head.\1.0",
+    r"roi_head\.mask_head\.upsample": r"head.roi_heads.mask_predictor.conv5_mask",
+    r"roi_head\.mask_head\.conv_logits": r"head.roi_heads.mask_predictor.mask_fcn_logits",
 }
 
 
-def convert(
-    source: str | Path, target: str | Path, class_names: list[str] | None = None, unsafe: bool = False
-) -> nn.Module:
+def convert(source: Path, target: Path, class_names: list[str] | None = None, unsafe: bool = False) -> nn.Module:
     """Convert the authors' file `source` into `target`; return the model, in evaluation mode on the CPU.
 
     class_names: for files that do not hold them
     unsafe: also unpickle arbitrary objects, which can run code; the "meta" of released files may hold some
     """
     checkpoint = torch.load(source, map_location="cpu", weights_only=False) if unsafe else read_tensors(source)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{source}: expected a checkpoint of the authors' release, with a state_dict in it")
-    state_dict = checkpoint["state_dict"]
+    state_dict = checkpoint.get("state_dict", {})
     task = next((task for task, (key, _) in CLASSIFIERS.items() if key in state_dict), None)
     if task is None:
-        raise ValueError(f"{source}: contains none of {', '.join(key for key, _ in CLASSIFIERS.values())}")
+        keys = " or ".join(key for key, _ in CLASSIFIERS.values())
+        raise ValueError(f"{source}: expected a checkpoint of the authors' release, whose state_dict has {keys}")
     name, settings = read_model(state_dict, task, source)
 
     classifier, outputs = CLASSIFIERS[task]
@@ -82,25 +73,18 @@ def convert(
     return model.eval()
 
 
-def read_model(state_dict: dict[str, Tensor], task: str, source: str | Path) -> tuple[str, dict]:
+def read_model(state_dict: dict[str, Tensor], task: str, source: Path) -> tuple[str, dict]:
     """The preset and the settings of `build_model` that the authors' weights belong to."""
-    as_clip = {
-        key.replace("backbone.", "visual.", 1).removeprefix("text_encoder."): value
-        for key, value in state_dict.items()
-        if key.startswith(("backbone.", "text_encoder."))
-    }
+    as_clip = {k.replace("backbone.", "visual.", 1).removeprefix("text_encoder."): v for k, v in state_dict.items()}
     found = read_architecture(as_clip, str(source))
-    presets = denseclip.PRESETS
-    if task != "segmentation":
-        presets = {name: preset.encoder for name, preset in detection.PRESETS.items() if name.startswith(task)}
-    architectures = {name: preset.architecture for name, preset in presets.items()}
-    sizes = (found.layers, found.width, found.patch_size)
-    name = next((name for name, a in architectures.items() if (a.layers, a.width, a.patch_size) == sizes), None)
+    presets = {name: preset.encoder for name, preset in detection.PRESETS.items() if name.startswith(task)}
+    presets = presets or denseclip.PRESETS  # segmentation
+    sizes = attrgetter("layers", "width", "patch_size")
+    name = next((name for name, preset in presets.items() if sizes(preset.architecture) == sizes(found)), None)
     if name is None:
         raise ValueError(f"{source}: no model here has its image encoder ({found}): choose from {', '.join(presets)}")
-    settings = {"prompting": "post", "context_length": found.context_length}
-    if not found.text_width:
-        settings = {"prompting": "none"}
+    language = {"prompting": "post", "context_length": found.context_length}
+    settings = language if found.text_width else {"prompting": "none"}
     if found.input_resolution:  # baselines on ResNets have no positional grid
         settings["crop_size"] = found.input_resolution
     return name, settings
@@ -108,21 +92,20 @@ def read_model(state_dict: dict[str, Tensor], task: str, source: str | Path) -> 
 
 def rename(key: str, task: str) -> str:
     """Our name of a tensor in the authors' checkpoint."""
-    return next(
-        (re.sub(old, new, key, count=1) for old, new in NAMES[task].items() if re.match(old, key)), f"encoder.{key}"
-    )
+    for theirs, ours in (RETINANET | NAMES if task == "retinanet" else NAMES).items():
+        if re.match(theirs, key):
+            return re.sub(theirs, ours, key, count=1)
+    return f"encoder.{key}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="AUTHORS.pth")
-    parser.add_argument("target", metavar="OURS.pt")
-    parser.add_argument(
-        "--classes", metavar="LIST", help="a list in classes/ or a file, if the checkpoint has no names"
-    )
+    parser.add_argument("source", type=Path, metavar="AUTHORS.pth")
+    parser.add_argument("target", type=Path, metavar="OURS.pt")
+    parser.add_argument("--classes", metavar="LIST", help="list in classes/ or file, if the checkpoint has no names")
     parser.add_argument("--unsafe", action="store_true", help="run whatever code it holds, if you trust its source")
     args = parser.parse_args()
-    if Path(args.target).exists():
+    if args.target.exists():
         raise ValueError(f"{args.target} already exists; name another file")
     model = convert(args.source, args.target, read_classes(args.classes)[0] if args.classes else None, args.unsafe)
     print(f"{args.target}: {model.name}, {len(model.class_names)} classes, {model.settings.prompting}")

@@ -34,7 +34,7 @@ ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016
 ADE20K_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 
 
-# ------------------------------------------------------------------------------------------------ class lists, folders
+# ------------------------------------------------------------------------------------------------ class lists, reading
 
 
 def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, int, int]]]:
@@ -79,9 +79,8 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
         images, masks = Path(root, "images", folder), Path(root, labels, folder)
         if images.is_dir() and masks.is_dir():
             return images, masks
-    layouts = f"images/{ade20k} and annotations/{ade20k} (ADE20K), or images/{split} and masks/{split}"
-    how = f"give --{split} IMAGES MASKS, or download ADE20K with `python data.py --root data`"
-    raise FileNotFoundError(f"{root}: no data set here; expected {layouts}; or {how}")
+    layouts = f"images/{split} and masks/{split}, or ADE20K's folders (python data.py --root data downloads it)"
+    raise FileNotFoundError(f"{root}: no data set here; expected {layouts}; or give --{split} IMAGES MASKS")
 
 
 def is_ade20k(masks: str | Path) -> bool:
@@ -99,9 +98,6 @@ def files_by_stem(folder: str | Path, suffixes: set[str]) -> dict[str, Path]:
     if not files:
         raise FileNotFoundError(f"{folder}: not a folder with image files; expected {' '.join(sorted(suffixes))}")
     return files
-
-
-# ------------------------------------------------------------------------------------------------ reading
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -124,13 +120,11 @@ def read_image(path: str | Path) -> Tensor:
 
 def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     """Gray, palette, CMYK and 1-bit images are converted, alpha is dropped, 16-bit gray is scaled to 8 bits."""
+    if image.mode in ("F", "LAB") or image.mode.startswith("I") and image.getextrema()[1] > 65535:
+        raise ValueError(f"{path}: its {image.mode} values have no standard RGB form; save it as RGB or 8-bit gray")
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
         gray = np.asarray(image).astype(np.int64)  # (H, W)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError(f"{path}: values up to {gray.max()} do not fit into 16 bits; save it with 8 or 16 bits")
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "LAB"):
-        raise ValueError(f"{path}: images of mode {image.mode} have no standard RGB form; save it as RGB or gray")
     via = image.convert("RGBA") if "transparency" in image.info else image  # or Pillow warns about palettes
     return via.convert("RGB")
 
@@ -195,25 +189,22 @@ class SegmentationDataset(torch.utils.data.Dataset):
         mask = np.asarray(image).astype(np.int64)
         ignored = (mask == IGNORE_INDEX) | (mask == self.ignore_index) | ((mask == 0) & self.reduce_zero_label)
         label = np.where(ignored, IGNORE_INDEX, mask - first)
-        wrong = ~ignored & ((label < 0) | (label >= self.num_classes))
-        if wrong.any():
+        if (wrong := ~ignored & ((label < 0) | (label >= self.num_classes))).any():
             values, last = ", ".join(map(str, np.unique(mask[wrong])[:8])), self.num_classes - 1 + first
-            how = "--ignore-index ignores another value, --reduce-zero-label ignores 0 and makes 1 the first class"
             what = f"value {values} is not a class; the classes are {first} to {last}, 255 is ignored"
+            how = "--ignore-index ignores another value, --reduce-zero-label ignores 0 and makes 1 the first class"
             raise ValueError(f"{path}: {what}; {how}")
         return torch.from_numpy(label.astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------ transforms
 
-# As released, in the released order. Resizing, flip, hue, normalization and padding are torchvision's. What differs
-# from the released code, all of it within rounding:
+# As released, in the released order. What differs from the released code, all of it within rounding:
 # - it rounds to 8 bits after every photometric step, and hue to 2 degrees; here they stay float, in [0, 1]
 # - its bilinear resizing (OpenCV) has 11-bit weights and rounds once; torchvision's for uint8 rounds after each axis.
 #   Neither smooths before shrinking: antialias=False, because the released weights were trained and tested without.
 # - for evaluation the float image is resized; the released code rounds to 8 bits before normalization
-# torchvision's own brightness, contrast and saturation are other functions (they scale, blend with the mean gray and
-# blend with the pixel's gray), hence `photometric_distortion`.
+# torchvision's own brightness, contrast and saturation are other functions, hence `photometric_distortion`.
 
 
 def resize_to_fit(image: Tensor, limits: tuple[int, int]) -> Tensor:
@@ -297,8 +288,7 @@ def photometric_distortion(image: Tensor) -> Tensor:
 
 
 def scale_saturation(image: Tensor, factor: float) -> Tensor:
-    """HSV saturation times factor, at most 1. With V = max and S = (V - min) / V, hue and V stay the same if every
-    channel's distance from V is multiplied by the same number, the ratio of the new S to the old."""
+    """HSV saturation times factor, at most 1: scales every channel's distance from the largest, which keeps H and V."""
     value = image.amax(0)  # (H, W)
     ratio = (value / (value - image.amin(0)).clamp_min(1e-6)).clamp_max(factor)  # (H, W)
     return value - (value - image) * ratio  # (3, H, W)
@@ -307,10 +297,10 @@ def scale_saturation(image: Tensor, factor: float) -> Tensor:
 class IterationSampler(torch.utils.data.Sampler):
     """An endless stream of (index, seed) for SegmentationDataset, the same for every number of processes.
 
-    The stream is one random permutation of the data set after another, with a seed for each sample; sample n depends
-    only on `seed` and n. Process `rank` of `world` takes samples start + rank, start + rank + world, and so on; `start`
-    is the number of samples that all processes together have drawn before, so that a resumed run continues exactly.
-    The released loader drops the incomplete last batch of an epoch; here it is filled from the next epoch.
+    One random permutation of the data set after another, with a seed for each sample; sample n depends only on `seed`
+    and n. Process `rank` of `world` takes samples start + rank, start + rank + world, and so on; `start` is the number
+    that all processes together have drawn before, so that a resumed run continues exactly.
+    Released code: drops the incomplete last batch of an epoch; here it is filled from the next epoch.
     """
 
     def __init__(self, size: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
@@ -335,8 +325,7 @@ class IterationSampler(torch.utils.data.Sampler):
 
 
 def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_SHA1) -> Path:
-    """Download, check and unpack ADE20K (0.9 GB); returns its folder, root/ADEChallengeData2016. An interrupted
-    download resumes where it stopped. Nothing has its final name before it is complete."""
+    """Download, check and unpack ADE20K to root/ADEChallengeData2016, which appears only when it is complete."""
     root, name = Path(root), Path(url).stem
     folder, archive, unpacked = root / name, root / f"{name}.zip", root / f"{name}.unpacking"
     if folder.is_dir():

@@ -133,8 +133,7 @@ class LanguageGuidedEncoder(nn.Module):
             return self.text_encoder(self.tokens, contexts)  # (B, K, C)
         if self.training or isinstance(self.text_encoder, StoredText):
             return self.encode_text().expand(memory.shape[0], -1, -1)
-        if self.cached_text is None:
-            # In full precision and usable by autograd, whatever mode the first caller was in.
+        if self.cached_text is None:  # in full precision and usable by autograd, whatever mode the first caller was in
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.tokens.device.type, enabled=False):
                 self.cached_text = self.encode_text()
         return self.cached_text.expand(memory.shape[0], -1, -1)
@@ -388,7 +387,6 @@ PROMPTING = {  # the paper's systems: where the contexts of the text come from, 
     "template+post": ("template", True),  # Table 7: post-model prompting without learned contexts
     "none": (None, False),  # no language: the baselines
 }
-HEADS = ("fpn", "upernet")
 
 
 @dataclass(frozen=True)
@@ -420,9 +418,9 @@ class Settings:
 def resolve(settings: Settings, preset: Preset) -> Settings:
     """The settings with defaults filled in. What would have no effect stays None, and a ValueError if it was given."""
     s = settings
-    for name, choices in {"prompting": PROMPTING, "head": HEADS}.items():
-        if getattr(s, name) not in choices and (name, getattr(s, name)) != ("head", None):
-            raise ValueError(f"no {name} named {getattr(s, name)!r}: choose one of {', '.join(choices)}")
+    for name, value, choices in (("prompting", s.prompting, PROMPTING), ("head", s.head or "fpn", ("fpn", "upernet"))):
+        if value not in choices:
+            raise ValueError(f"no {name} named {value!r}: choose one of {', '.join(choices)}")
     source, refined = PROMPTING[s.prompting]
     language, decoder = source is not None, refined or source == "image"
     vit, swin = s.backbone is None and preset.architecture.patch_size > 0, s.backbone in ("swin_t", "swin_s")
@@ -473,10 +471,10 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
 
 def build_model(name: str, class_names: list[str], clip: str | None = None, **settings) -> DenseCLIP:
     """A segmentation model: preset `name`, CLIP's weights `clip`, and `settings` as `build_encoder` takes them."""
-    if (preset := PRESETS.get(name)) is None:
-        raise ValueError(
-            f"no segmentation model named {name!r} (detectors: detect.py): choose one of {', '.join(PRESETS)}"
-        )
+    if name not in PRESETS:
+        names = ", ".join(PRESETS)
+        raise ValueError(f"no segmentation model named {name!r} (detectors: detect.py): choose one of {names}")
+    preset = PRESETS[name]
     encoder, resolved = build_encoder(preset, class_names, clip, **settings)
     if resolved.head == "fpn":
         neck, decode_head = FPN(encoder.channels, preset.channels), SemanticFPNHead(len(class_names), preset.channels)
@@ -508,6 +506,7 @@ def build_encoder(
     a, (source, refined) = preset.architecture, PROMPTING[s.prompting]
 
     embed_dim = a.embed_dim if source else 0  # 0: no projection to the text's space
+    visual = replace(a, embed_dim=embed_dim, input_resolution=s.crop_size)  # CLIP's image encoder
     if backbone is not None:  # imports are here, so that for ResNets a copy of this file works without backbones.py
         from backbones import AttentionPoolBackbone, build_backbone
 
@@ -519,20 +518,18 @@ def build_encoder(
     elif a.patch_size:
         from backbones import PyramidViT
 
-        options = (s.quick_gelu, s.drop_path, s.double_class_embedding)
-        image_encoder = PyramidViT(a.layers, a.width, a.patch_size, embed_dim, s.crop_size, *options)
+        image_encoder = PyramidViT(visual, s.quick_gelu, s.drop_path, s.double_class_embedding)
     else:
-        image_encoder = ResNet(a.layers, a.width, embed_dim, s.crop_size, crop_positions=preset.detection)
+        image_encoder = ResNet(visual, crop_positions=preset.detection)
 
     if source is None:
         encoder = PlainEncoder(image_encoder, class_names)
     else:
         sizes = {"width": preset.decoder_width, "layers": s.decoder_layers}
-        text_sizes = (a.embed_dim, a.text_width, a.text_layers, s.context_length, a.vocab_size, s.quick_gelu)
         stored = StoredText(torch.zeros(1, len(class_names), a.embed_dim)) if s.stored_text else None
         encoder = LanguageGuidedEncoder(
             image_encoder,
-            stored or TextEncoder(*text_sizes),
+            stored or TextEncoder(replace(a, context_length=s.context_length), s.quick_gelu),
             class_names,
             prompt_decoder=ContextDecoder(a.embed_dim, a.text_width, **sizes) if source == "image" else None,
             context_decoder=ContextDecoder(a.embed_dim, **sizes) if refined else None,
@@ -591,9 +588,9 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
 
     The file gets its name once it is complete: after a crash, or if a weight is not finite, the previous one is kept.
     """
-    broken = next((name for name, value in model.named_parameters() if not torch.isfinite(value).all()), None)
-    if broken:
-        raise ValueError(f"{path} was left as it is: {broken} is not finite; a lower --lr or --clip-grad may help")
+    for name, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path} was left as it is: {name} is not finite; a lower --lr or --clip-grad may help")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -610,9 +607,8 @@ def read_checkpoint(path: str | Path) -> dict:
     checkpoint = read_tensors(path)
     if isinstance(checkpoint, dict) and {"name", "settings", "class_names", "model"} <= checkpoint.keys():
         return checkpoint
-    if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
-        raise ValueError(f"{path}: a checkpoint of the authors' release? Convert it: python convert.py {path} OURS.pt")
-    raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote")
+    how = f"if it is of the authors' release, convert it: python convert.py {path} OURS.pt"
+    raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote; {how}")
 
 
 def read_tensors(path: str | Path) -> object:

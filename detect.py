@@ -1,5 +1,4 @@
-"""Train, score and use the detectors: RetinaNet and Mask R-CNN, box and mask AP on COCO. By default `train` follows the
-paper's schedule.
+"""Train, score and use the detectors, RetinaNet and Mask R-CNN, on COCO; by default with the paper's schedule.
 
     python detect.py train --model retinanet_rn50 --data data/coco --out runs/retinanet     # --accumulate 8 on one GPU
     torchrun --standalone --nproc_per_node 8 detect.py train --model mask_rcnn_rn50 --out runs/mask_rcnn
@@ -28,7 +27,7 @@ import coco
 from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
 from data import default_colors, run_script, to_rgb
 from denseclip import read_checkpoint, restore_model
-from detection import PRESETS, Detector, Instances, build_model
+from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
 from eval import start_process, write_scores
 from predict import check_outputs, find_images, for_each_image, open_photo
 from train import Recipe, add_options, fetch_weights, find_run, initial_weights, parse_settings, positive, train
@@ -37,35 +36,18 @@ from train import Recipe, add_options, fetch_weights, find_run, initial_weights,
 RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1)
 
 
-def add_data_options(parser: argparse.ArgumentParser, training: bool) -> None:
-    option = parser.add_argument_group("data").add_argument
-    default = "data/coco" if training else "training's validation set, or data/coco"
-    option("--data", default="data/coco" if training else None, metavar="ROOT", help=f"data set (default: {default})")
-    if training:
-        option("--train", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
-    option("--val", nargs=2, metavar=("IMAGES", "JSON"), help="folder and file, instead of --data")
-    default = "800" if training else "as in training"
-    option(
-        "--short-side", type=positive, metavar="PIXELS", help=f"fit images in (5/3 of this, this) (default: {default})"
-    )
-
-
 def train_detector(args: argparse.Namespace) -> None:
-    if args.train and not args.val:
-        raise ValueError("--train also needs --val: a folder of images and a JSON file to score the model on")
     args.model = args.model or next(iter(PRESETS))
     resume, plain = find_run(args.out, args.resume), args.prompting == "none"
-    options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
-    options["short_side"] = args.short_side or 800
-    limits, load_masks = detection_limits(options["short_side"]), args.model.startswith("mask")
+    options = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(args.set)
+    limits, load_masks = detection_limits(args.short_side), args.model.startswith("mask")
     train_files = args.train or find_coco(args.data, "train")
     val_files = args.val or find_coco(args.data, "val")
     train_set = CocoDetection(*train_files, DetectionTransform(limits, flip=0.5), load_masks=load_masks, train=True)
     names = train_set.class_names
     val_set = CocoDetection(*val_files, DetectionTransform(limits), names, load_masks=load_masks)
 
-    preset = PRESETS[args.model].encoder
-    weights = initial_weights(preset, args.clip, args.backbone, args.backbone_weights, plain)
+    weights = initial_weights(PRESETS[args.model].encoder, args.clip, args.backbone, args.backbone_weights, plain)
     if not resume:  # a resumed run has its own weights
         fetch_weights(args.backbone, **weights)
     rank, world, device = start_process(args.device)
@@ -79,13 +61,12 @@ def train_detector(args: argparse.Namespace) -> None:
     known = {"iterations": args.iterations or 12 * epoch // args.batch_size, "lr": lr, **weights}
     recipe = replace(RECIPE, **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
     if rank == 0:
-        print(f"{model.name}, {world} x {device}, writing to {args.out}\n{train_set.summary()}\n{val_set.summary()}")
-        print("the same command with --resume continues an interrupted run")
+        print(f"{train_set.summary()}\n{val_set.summary()}\n{model.name}, {world} x {device}")
+        print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
+    loop |= {"score": "box_ap", "data": {"val": [str(Path(path).resolve()) for path in val_files]}}
     evaluate_model = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
-    options = {"evaluate_model": evaluate_model, "score": "box_ap", "resume": resume}
-    options["data"] = {"val": [str(Path(path).resolve()) for path in val_files]}
-    metrics = train(model, train_set, recipe, args.out, device, **options, **loop)
+    metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, resume=resume, **loop)
     if rank == 0:
         print(format_ap_table(metrics, names))
         print(f"weights: {args.out / 'best.pt'} (best box AP), {args.out / 'last.pt'}; log: {args.out / 'log.jsonl'}")
@@ -96,10 +77,10 @@ def score_detector(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     model = restore_model(checkpoint, args.checkpoint, build_model, backbone=args.backbone).to(device)
     limits = detection_limits(args.short_side or model.short_side)
-    files = args.val or (None if args.data else checkpoint.get("data", {}).get("val"))
+    files = args.val or (not args.data and checkpoint.get("data", {}).get("val"))
     files = files or find_coco(args.data or "data/coco", "val")
-    if not args.val and (gone := [path for path in files if not Path(path).exists()]):
-        raise FileNotFoundError(f"{gone[0]}: the validation set of training is not here; give --val IMAGES JSON")
+    if gone := [path for path in files if not Path(path).exists()]:
+        raise FileNotFoundError(f"{gone[0]}: no such validation set; give --val IMAGES JSON")
     names, load_masks = model.class_names, model.name.startswith("mask")
     dataset = CocoDetection(*files, DetectionTransform(limits), names, load_masks=load_masks)
     if rank == 0:
@@ -115,10 +96,7 @@ def score_detector(args: argparse.Namespace) -> None:
 def predict(model: Detector, image: Image.Image, short_side: int | None = None) -> Instances:
     """What `model` finds in an image of any size, which is resized to the scale of training or to `short_side` pixels.
 
-        model = detection.load_checkpoint("runs/mine/best.pt")
-        found = predict(model, open_photo("photo.jpg"))  # EXIF orientation applied; PIL.Image.open does not
-        names = [model.class_names[label] for label in found["labels"]]
-
+    image:  for example `open_photo("photo.jpg")`, which applies the EXIF orientation; PIL.Image.open does not
     return: in pixels of the image, best first: boxes (N, 4), scores (N,), labels (N,), for Mask R-CNN masks (N, H, W)
     """
     pixels = torch.from_numpy(np.array(to_rgb(image, "the image"))).permute(2, 0, 1)  # (3, H, W) uint8
@@ -144,12 +122,11 @@ def draw_detections(photo: Image.Image, found: Instances, class_names: list[str]
         x1, y1, x2, y2 = boxes[i]
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colors[labels[i]], width=line)
     for i in order:  # after all boxes, so that none crosses a name
-        text, color = f"{class_names[labels[i]]} {scores[i]:.2f}", colors[labels[i]]
+        (x, y, _, _), color = boxes[i], colors[labels[i]]
+        text, bright = f"{class_names[labels[i]]} {scores[i]:.2f}", np.dot(color, (0.299, 0.587, 0.114)) > 128
         _, _, width, height = (end + 2 * line for end in draw.textbbox((0, 0), text, font))
-        x, y = boxes[i][0], boxes[i][1] - height  # above the box, or inside at the top of the photo
-        x, y = max(min(x, picture.width - width), 0), y if y >= 0 else boxes[i][1]
+        x, y = max(min(x, picture.width - width), 0), y - height if y >= height else y  # above the box or inside it
         draw.rectangle((x, y, x + width, y + height), fill=color)
-        bright = np.dot(color, (0.299, 0.587, 0.114)) > 128
         draw.text((x + line, y + line), text, "black" if bright else "white", font)
     return picture
 
@@ -163,8 +140,8 @@ def predict_files(args: argparse.Namespace) -> None:
     if file.exists() and not args.overwrite:
         raise ValueError(f"{file} exists already: name another --out, or --overwrite what is there")
     _, _, device = start_process(args.device)
-    model = restore_model(read_checkpoint(args.checkpoint), args.checkpoint, build_model, backbone=args.backbone)
-    model, names, ids = model.to(device), model.class_names, range(1, len(model.class_names) + 1)
+    model = load_checkpoint(args.checkpoint, backbone=args.backbone).to(device)
+    names, ids = model.class_names, range(1, len(model.class_names) + 1)
     if model.name.startswith("mask") and coco.COCO is None:
         print(f"masks are drawn, but {file} will have none: they need pycocotools (pip install pycocotools)")
     images, annotations = [], []  # in COCO's format, so that whatever reads COCO's annotations reads them
@@ -187,43 +164,47 @@ def predict_files(args: argparse.Namespace) -> None:
         annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
         file.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}), "utf-8")
     print(f"{len(images)} pictures written to {args.out}, {failed} images failed; detections in {file}")
-    if failed:
-        sys.exit(1)
+    sys.exit(1 if failed else 0)
 
 
 def main() -> None:
+    work = {"train": train_detector, "eval": score_detector, "predict": predict_files}
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__}
-    parser = argparse.ArgumentParser("detect.py", "python detect.py train|eval|predict [options]", **raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval|predict")
-    training = commands.add_parser("train", prog="detect.py train", usage="python detect.py train [options]", **raw)
-    add_options(training, PRESETS, RECIPE, "runs/detector")
-    training.set_defaults(run=train_detector)
-    add_data_options(training, training=True)
+    parser = argparse.ArgumentParser("detect.py", f"python detect.py {'|'.join(work)} [options]", **raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(work), prog="detect.py")
+    raw["usage"] = "python %(prog)s [options]"
+    training, scoring, predicting = (commands.add_parser(name, **raw) for name in work)
+    files = {"nargs": 2, "metavar": ("IMAGES", "JSON"), "help": "folder and file, instead of --data"}
+    fit = "fit images in (5/3 of this, this) (default: 800 to train, then as in training)"
+    short = {"type": positive, "metavar": "PIXELS", "help": fit}
 
-    scoring = commands.add_parser("eval", prog="detect.py eval", usage="python detect.py eval [options]", **raw)
-    scoring.set_defaults(run=score_detector)
-    add_data_options(scoring, training=False)
+    add_options(training, PRESETS, RECIPE, "runs/detector")
+    option = training.add_argument_group("data").add_argument
+    option("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
+    option("--train", **files)
+    option("--val", **files)
+    option("--short-side", **short, default=800)
+
     option = scoring.add_argument
+    option("--data", metavar="ROOT", help="data set (default: training's validation set, or data/coco)")
+    option("--val", **files)
     option("--save-results", type=Path, metavar="FILE", help="write the detections there, in COCO's JSON format")
     option("--json", type=Path, metavar="FILE", help="write the scores there")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")
 
-    usage = "python detect.py predict PATHS ... --checkpoint PATH [options]"
-    predicting = commands.add_parser("predict", prog="detect.py predict", usage=usage, **raw)
-    predicting.set_defaults(run=predict_files)
     option = predicting.add_argument
     option("paths", nargs="+", metavar="PATHS", help='images, folders and patterns such as "photos/*.jpg"')
     option("--out", type=Path, default=Path("detections"), metavar="DIR", help="(default: %(default)s)")
     option("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score shown (default: %(default)s)")
-    option("--short-side", type=positive, metavar="PIXELS", help="as for eval (default: as in training)")
     option("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: %(default)s)")
     option("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     for option in (scoring.add_argument, predicting.add_argument):
         option("--checkpoint", type=Path, required=True, metavar="PATH", help="best.pt or last.pt, or from convert.py")
         option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
+        option("--short-side", **short)
         option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
-    args.run(args)
+    work[args.command](args)
 
 
 if __name__ == "__main__":

@@ -18,31 +18,31 @@ and a comment "Released code" says what differs.
 K classes, A anchors of all levels, N boxes (x1, y1, x2, y2) in pixels, labels int64 in [0, K); H4 = H / 32.
 """
 
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection import roi_heads, rpn
+from torchvision.models.detection import mask_rcnn, retinanet, roi_heads, rpn
 from torchvision.models.detection._utils import BoxCoder, Matcher  # private; checked in torchvision 0.21 and 0.29
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align, sigmoid_focal_loss
 from torchvision.ops.poolers import LevelMapper
 
 import denseclip
 from clip_model import MEAN, STD
-from denseclip import Preset, Settings, build_encoder, read_checkpoint, restore_model
+from denseclip import DenseCLIP, Preset, Settings, build_encoder, read_checkpoint, restore_model
 from heads import FPN, conv, resize
 
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100  # minimum score, maximum IoU, detections per image
 Size = tuple[int, int]  # (H, W)
 Instances = dict[str, Tensor]  # targets or detections of one image: boxes, labels, scores, masks
+Targets = list[Instances] | None  # None in evaluation
+Features = dict[str, Tensor]  # FPN levels by name
 Outputs = dict[str, Tensor] | list[Instances]  # losses in training, detections in evaluation
 
 
@@ -64,17 +64,9 @@ class Detector(nn.Module):
         self.name, self.settings = name, settings
         self.tau, self.aux_weight, self.short_side = settings.tau, settings.aux_weight, settings.short_side
 
-    @property
-    def class_names(self) -> list[str]:
-        return self.encoder.class_names
+    class_names, freeze_text = DenseCLIP.class_names, DenseCLIP.freeze_text  # a property and a method, see there
 
-    def freeze_text(self) -> "Detector":
-        """Drop the text encoder, see `denseclip.LanguageGuidedEncoder.freeze_text`; return the model."""
-        return denseclip.DenseCLIP.freeze_text(self)
-
-    def forward(
-        self, images: list[Tensor], targets: list[Instances] | None = None, sizes: list[Size] | None = None
-    ) -> Outputs:
+    def forward(self, images: list[Tensor], targets: Targets = None, sizes: list[Size] | None = None) -> Outputs:
         """Losses in training, detections in evaluation.
 
         images:  (3, H, W) each, RGB in [0, 1], of any sizes; normalized and padded here, resized in `detect.predict`
@@ -92,7 +84,12 @@ class Detector(nn.Module):
         outputs = self.head(features, batch, targets)  # {name: loss}, or per image boxes (N, 4), scores (N,), ...
         if not self.training:
             per_image = zip(outputs, batch.image_sizes, sizes or batch.image_sizes, strict=True)
-            return [scale_detections(*each) for each in per_image]  # boxes (N, 4), ..., masks (N, H, W)
+            for found, (height, width), size in per_image:
+                scale = found["boxes"].new_tensor((size[1] / width, size[0] / height) * 2)  # (4,)
+                found["boxes"] = found["boxes"] * scale  # (N, 4)
+                if "masks" in found:
+                    found["masks"] = paste_masks(found["masks"], found["boxes"], size)  # (N, H, W)
+            return outputs
 
         if score_map is not None and self.aux_weight:
             # Eq. (8): BCE(sigmoid(s / tau), y~)
@@ -100,11 +97,9 @@ class Detector(nn.Module):
             outputs["aux_loss"] = self.aux_weight * aux_loss
         return outputs
 
-    def extract_features(self, batch: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """batch: (B, 3, H, W), normalized with CLIP's MEAN and STD; H and W are multiples of 32.
-
-        return: FPN levels, "p2" to "p6" or "p3" to "p7"; the score map, or None for a baseline without language
-        """
+    def extract_features(self, batch: Tensor) -> tuple[Features, Tensor | None]:
+        """FPN levels, "p2" to "p6" or "p3" to "p7", and the score map (None for a baseline without language) of images
+        (B, 3, H, W) that are normalized with CLIP's MEAN and STD; H and W are multiples of 32."""
         pyramid, score_map, _ = self.encoder(batch)  # four maps (B, C_i, H_i, W_i), (B, K, H4, W4)
         return self.neck(pyramid), score_map  # {"p5": (B, C, H4, W4), ...}, (B, K, H4, W4)
 
@@ -121,19 +116,16 @@ def batch_images(images: list[Tensor]) -> ImageList:
     return ImageList(torch.stack(padded), sizes)
 
 
-def check_targets(images: list[Tensor], targets: list[Instances] | None, needs_masks: bool) -> None:
-    """Checks keys, shapes and dtypes. coco.py checks the values: reading them here would synchronize with the GPU."""
+def check_targets(images: list[Tensor], targets: Targets, needs_masks: bool) -> None:
+    """Checks shapes. coco.py checks the values: reading them here would synchronize with the GPU."""
     if targets is None or len(targets) != len(images):
         raise ValueError("training needs targets, one dictionary per image; call model.eval() for detections")
     for image, target in zip(images, targets, strict=True):
-        if missing := {"boxes", "labels", *(["masks"] if needs_masks else [])} - target.keys():
-            raise ValueError(f"targets need {' and '.join(sorted(missing))}")
-        boxes, labels, size = target["boxes"], target["labels"], (len(target["labels"]), *image.shape[1:])
-        if boxes.shape != (len(labels), 4) or not boxes.is_floating_point() or labels.dtype != torch.int64:
-            got = f"{tuple(boxes.shape)} {boxes.dtype} and {tuple(labels.shape)} {labels.dtype}"
-            raise ValueError(f"boxes must be (N, 4) float and labels (N,) int64, got {got}")
-        if needs_masks and target["masks"].shape != size:
-            raise ValueError(f"masks must be (N, H, W) = {size}, got {tuple(target['masks'].shape)}")
+        number = len(target["labels"])
+        shapes = {"boxes": (number, 4)} | ({"masks": (number, *image.shape[1:])} if needs_masks else {})
+        for name, shape in shapes.items():
+            if target[name].shape != shape:
+                raise ValueError(f"{name} must be {shape} for {number} labels, got {tuple(target[name].shape)}")
 
 
 def box_text_loss(logits: Tensor, targets: list[Instances], size: Size) -> Tensor:
@@ -151,25 +143,14 @@ def box_text_loss(logits: Tensor, targets: list[Instances], size: Size) -> Tenso
 
 
 def box_map(boxes: Tensor, labels: Tensor, num_classes: int, height: int, width: int) -> Tensor:
-    """y~ of one image: (K, height, width) at stride 4, 1 inside the boxes of a class.
-
-    Released code: box ends are exclusive and clamped to the last row and column, so those are never inside a box.
-    """
+    """y~ of one image: (K, height, width) at stride 4, 1 inside the boxes of a class. Released code: box ends are
+    exclusive and clamped to the last row and column, so those are never inside a box."""
     x1, x2 = (boxes[:, 0::2] / 4).long().clamp(0, width - 1)[:, :, None].unbind(1)  # (N, 1)
     y1, y2 = (boxes[:, 1::2] / 4).long().clamp(0, height - 1)[:, :, None].unbind(1)  # (N, 1)
     rows, columns = (torch.arange(n, device=boxes.device) for n in (height, width))
     rows = ((rows >= y1) & (rows < y2)).float()  # (N, height)
     columns = ((columns >= x1) & (columns < x2)).float()  # (N, width)
     return torch.einsum("nk,nh,nw->khw", F.one_hot(labels, num_classes).float(), rows, columns).clamp(max=1).float()
-
-
-def scale_detections(detections: Instances, size: Size, new_size: Size) -> Instances:
-    """Detections in an image of `size` (H, W), scaled to `new_size`, with masks pasted into the image."""
-    ratio = (new_size[1] / size[1], new_size[0] / size[0]) * 2
-    scaled = {**detections, "boxes": detections["boxes"] * detections["boxes"].new_tensor(ratio)}
-    if "masks" in scaled:
-        scaled["masks"] = paste_masks(scaled["masks"], scaled["boxes"], new_size)
-    return scaled
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
@@ -203,7 +184,7 @@ class RetinaNetFPN(FPN):
         self.p6 = conv(in_channels[-1], channels, 3, stride=2).conv
         self.p7 = conv(channels, channels, 3, stride=2).conv
 
-    def forward(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
+    def forward(self, pyramid: list[Tensor]) -> Features:
         p3, p4, p5 = super().forward(pyramid[1:])  # (B, C, H / 8, W / 8) to (B, C, H / 32, W / 32)
         p6 = self.p6(pyramid[-1])  # (B, C, H / 64, W / 64)
         p7 = self.p7(p6)  # (B, C, H / 128, W / 128). Released code: no ReLU in between
@@ -216,11 +197,11 @@ class RetinaNet(nn.Module):
     def __init__(self, num_classes: int, channels: int = 256):
         super().__init__()
         self.anchors = Anchors((8, 16, 32, 64, 128), scales=(4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)))
-        self.classification_head = RetinaNetClassificationHead(channels, 9, num_classes)
-        self.regression_head = RetinaNetRegressionHead(channels, 9)
+        self.classification_head = retinanet.RetinaNetClassificationHead(channels, 9, num_classes)
+        self.regression_head = retinanet.RetinaNetRegressionHead(channels, 9)
         self.matcher, self.box_coder = AnchorMatcher(0.5, 0.4), ClampedBoxCoder((1.0, 1.0, 1.0, 1.0))
 
-    def forward(self, features: dict[str, Tensor], images: ImageList, targets: list[Instances] | None) -> Outputs:
+    def forward(self, features: Features, images: ImageList, targets: Targets) -> Outputs:
         levels = list(features.values())  # (B, C, H / 8, W / 8) to (B, C, H / 128, W / 128)
         logits = self.classification_head(levels).float()  # (B, A, K)
         deltas = self.regression_head(levels).float()  # (B, A, 4)
@@ -262,7 +243,7 @@ class RetinaNet(nn.Module):
 class MaskRCNNFPN(FPN):
     """P2 to P5 from x1 .. x4 by FPN; P6 is P5 subsampled, for region proposals only."""
 
-    def forward(self, pyramid: list[Tensor]) -> dict[str, Tensor]:
+    def forward(self, pyramid: list[Tensor]) -> Features:
         p2, p3, p4, p5 = super().forward(pyramid)  # (B, C, H / 4, W / 4) to (B, C, H / 32, W / 32)
         p6 = F.max_pool2d(p5, 1, stride=2)  # (B, C, H / 64, W / 64)
         return {"p2": p2, "p3": p3, "p4": p4, "p5": p5, "p6": p6}
@@ -276,7 +257,7 @@ class MaskRCNN(nn.Module):
         self.rpn = RegionProposalNetwork(channels)
         self.roi_heads = RoIHeads(num_classes, channels)
 
-    def forward(self, features: dict[str, Tensor], images: ImageList, targets: list[Instances] | None) -> Outputs:
+    def forward(self, features: Features, images: ImageList, targets: Targets) -> Outputs:
         proposals, losses = self.rpn(images, features, targets)  # per image (N, 4), N at most 1000; {name: scalar}
         outputs = self.roi_heads(features, proposals, images.image_sizes, targets)  # losses, or boxes (N, 4), ...
         if not self.training:
@@ -320,15 +301,13 @@ class RoIHeads(roi_heads.RoIHeads):
         super().__init__(*parts, **sampling, **unused)
         self.box_predictor.bbox_pred = nn.Linear(hidden, num_classes * 4)  # Released code: no box for the background
         self.box_coder = ClampedBoxCoder((10.0, 10.0, 5.0, 5.0))  # inverse standard deviations of the deltas
-        self.mask_roi_pool, self.mask_head = RoIAlign(14), MaskRCNNHeads(channels, (channels,) * 4, 1)
-        self.mask_predictor = MaskRCNNPredictor(channels, channels, num_classes)
+        self.mask_roi_pool, self.mask_head = RoIAlign(14), mask_rcnn.MaskRCNNHeads(channels, (channels,) * 4, 1)
+        self.mask_predictor = mask_rcnn.MaskRCNNPredictor(channels, channels, num_classes)
         # torchvision's standard deviation is sqrt(2 / K): with few classes, masks would start overconfident.
         nn.init.normal_(self.mask_predictor.mask_fcn_logits.weight, std=0.001)
         nn.init.zeros_(self.mask_predictor.mask_fcn_logits.bias)
 
-    def forward(
-        self, features: dict[str, Tensor], proposals: list[Tensor], sizes: list[Size], targets: list[Instances] | None
-    ) -> Outputs:
+    def forward(self, features: Features, proposals: list[Tensor], sizes: list[Size], targets: Targets) -> Outputs:
         if self.training:
             return self.losses(features, proposals, targets)  # {name: scalar}
         logits, deltas = self.predict_boxes(features, proposals)  # (N, K + 1), (N, 4 K)
@@ -342,7 +321,7 @@ class RoIHeads(roi_heads.RoIHeads):
             detection["masks"] = gather_class(mask, detection["labels"])  # (n, 28, 28)
         return detections
 
-    def losses(self, features: dict[str, Tensor], boxes: list[Tensor], targets: list[Instances]) -> dict[str, Tensor]:
+    def losses(self, features: Features, boxes: list[Tensor], targets: list[Instances]) -> dict[str, Tensor]:
         # torchvision's sampling expects the background to be class 0. Released code: it is the last class, K.
         truth = [{**target, "labels": target["labels"] + 1} for target in targets]
         boxes, matches, labels, delta_targets = self.select_training_samples(boxes, truth)  # (n, 4), (n,), (n,), (n, 4)
@@ -366,12 +345,12 @@ class RoIHeads(roi_heads.RoIHeads):
         mask_loss = F.binary_cross_entropy_with_logits(logits, mask_targets) if len(logits) else logits.sum()
         return {"class_loss": class_loss, "box_loss": box_loss, "mask_loss": mask_loss}
 
-    def predict_boxes(self, features: dict[str, Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def predict_boxes(self, features: Features, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits (N, K + 1), the background last, and deltas (N, 4 K) of the boxes of all images."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes)))
         return logits.float(), deltas.float()
 
-    def predict_masks(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+    def predict_masks(self, features: Features, boxes: list[Tensor]) -> Tensor:
         """Mask logits (N, K, 28, 28) inside the boxes of all images."""
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes))).float()
 
@@ -383,7 +362,7 @@ class RoIAlign(nn.Module):
         super().__init__()
         self.size, self.level_of = size, LevelMapper(2, 5)
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+    def forward(self, features: Features, boxes: list[Tensor]) -> Tensor:
         rois = torch.cat([F.pad(each, (1, 0), value=i) for i, each in enumerate(boxes)])  # (N, 5): image index, box
         levels, p2 = self.level_of(boxes), features["p2"]  # (N,) in 0 .. 3, (B, C, H / 4, W / 4)
         pooled = p2.new_zeros(len(rois), p2.shape[1], self.size, self.size)  # (N, C, size, size)
@@ -424,9 +403,7 @@ class Anchors(AnchorGenerator):
 
 class AnchorMatcher(Matcher):
     """Matches anchors to boxes by IoU. Each box also gets its best anchors, if their IoU is at least min_iou.
-
-    Released code: these go to that box even if they overlap another box more.
-    """
+    Released code: these go to that box even if they overlap another box more."""
 
     def __init__(self, high: float, low: float, min_iou: float = 0.0):
         super().__init__(high, low, allow_low_quality_matches=True)
@@ -462,19 +439,12 @@ def postprocess(boxes: Tensor, scores: Tensor, size: Size) -> Instances:
 # ------------------------------------------------------------------------------------------------ factories
 
 
-class DetectorPreset(NamedTuple):
-    """A named detector."""
-
-    head: type[nn.Module]
-    neck: type[FPN]
-    encoder: Preset
-
-
 def encoder_preset(name: str, crop_size: int) -> Preset:
     """denseclip.py's preset with the released detectors' positional grid and weight of the auxiliary loss."""
     return replace(denseclip.PRESETS[name], crop_size=crop_size, aux_weight=1.0, detection=True)
 
 
+DetectorPreset = namedtuple("DetectorPreset", ["head", "neck", "encoder"])  # two classes and a denseclip.Preset
 PRESETS = {
     "retinanet_rn50": DetectorPreset(RetinaNet, RetinaNetFPN, encoder_preset("rn50", 1344)),
     "retinanet_rn101": DetectorPreset(RetinaNet, RetinaNetFPN, encoder_preset("rn101", 1344)),

@@ -112,7 +112,7 @@ def resize_rows(x: Tensor, size: tuple[int, int], rows: range) -> Tensor:
     return resize(torch.lerp(x[:, :, above], x[:, :, below], weight[:, None]), (len(rows), size[1]))
 
 
-# ------------------------------------------------------------------------------------------------ metric
+# ------------------------------------------------------------------------------------------------ scores
 
 
 class ConfusionMatrix:
@@ -136,34 +136,27 @@ class ConfusionMatrix:
         counts = self.counts.double().cpu()
         hits, labeled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         if not labeled.sum():
-            how = "check the masks' values, --ignore-index and --reduce-zero-label"
-            raise ValueError(f"nothing to score: every pixel of these masks is ignored; {how}")
+            raise ValueError("nothing to score: all pixels are ignored; check --ignore-index and --reduce-zero-label")
         iou = 100 * hits / (labeled + predicted - hits)  # 0 / 0 = nan: neither labeled nor predicted
         accuracy = 100 * hits / labeled
-        return {
-            "miou": iou.nanmean().item(),
-            "mean_accuracy": accuracy.nanmean().item(),
-            "pixel_accuracy": (100 * hits.sum() / labeled.sum()).item(),
-            "iou": iou,
-            "accuracy": accuracy,
-        }
+        means = {"miou": iou.nanmean().item(), "mean_accuracy": accuracy.nanmean().item()}
+        means["pixel_accuracy"] = (100 * hits.sum() / labeled.sum()).item()
+        return {**means, "iou": iou, "accuracy": accuracy}
 
 
 def format_table(metrics: dict, class_names: list[str]) -> str:
     """The scores as text: IoU and accuracy in per cent of each class that occurs ("-": not labeled), and the means."""
     width = max(len(name) for name in [*class_names, "pixel accuracy"])
-
-    def row(title: str, *values: float) -> str:
-        return f"{title:<{width}}" + "".join(f"{'-' if v != v else format(v, '.2f'):>10}" for v in values)
-
-    rule = "-" * (width + 20)
-    lines = [f"{'class':<{width}}{'IoU':>10}{'accuracy':>10}", rule]
-    scores = list(zip(class_names, metrics["iou"].tolist(), metrics["accuracy"].tolist(), strict=True))
-    lines += [row(*score) for score in scores if score[1] == score[1]]
-    if absent := sum(iou != iou for _, iou, _ in scores):
-        lines.append(f"({absent} of {len(scores)} classes are neither labeled nor predicted)")
-    lines += [rule, row("mean", metrics["miou"], metrics["mean_accuracy"])]
-    return "\n".join([*lines, row("pixel accuracy", metrics["pixel_accuracy"])])
+    classes = list(zip(class_names, metrics["iou"].tolist(), metrics["accuracy"].tolist(), strict=True))
+    rows = [row for row in classes if row[1] == row[1]]  # those with an IoU
+    absent = len(classes) - len(rows)
+    rows += [("mean", metrics["miou"], metrics["mean_accuracy"]), ("pixel accuracy", metrics["pixel_accuracy"])]
+    lines = [f"{'class':<{width}}{'IoU':>10}{'accuracy':>10}"]
+    for title, *values in rows:
+        lines.append(f"{title:<{width}}" + "".join(f"{'-' if v != v else format(v, '.2f'):>10}" for v in values))
+    lines.insert(-2, "-" * (width + 20))
+    lines += [f"({absent} of {len(classes)} classes are neither labeled nor predicted)"] if absent else []
+    return "\n".join(lines)
 
 
 def to_json(metrics: dict) -> dict:
@@ -173,9 +166,6 @@ def to_json(metrics: dict) -> dict:
         return None if value != value else round(value, 4)
 
     return {k: list(map(number, v.tolist())) if isinstance(v, Tensor) else number(v) for k, v in metrics.items()}
-
-
-# ------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(
@@ -236,14 +226,13 @@ def start_process(device: str | None = None) -> tuple[int, int, torch.device]:
         raise ValueError(f"--device {device}: expected cpu, cuda or cuda:1, for instance") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda" and device.index is not None:
-        raise ValueError(f"--device {device} puts every process of torchrun on one GPU: use --device cuda")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if "LOCAL_RANK" in os.environ:
+        if device.index is not None:
+            raise ValueError(f"--device {device} puts every process of torchrun on one GPU: use --device cuda")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return *this_process(), device
 
 
@@ -255,8 +244,7 @@ def this_process() -> tuple[int, int]:
 def check_classes(checkpoint: str | Path, names: list[str], listed_in: str, listed: list[str]) -> None:
     """A ValueError unless the class list that the user gave is the checkpoint's."""
     if names != listed:
-        pairs = zip(names, listed, strict=False)
-        first = next((f" (the first difference: {a!r} and {b!r})" for a, b in pairs if a != b), "")
+        first = next((f" (first: {a!r} and {b!r})" for a, b in zip(names, listed, strict=False) if a != b), "")
         counts = f"{checkpoint} has {len(names)} classes and {listed_in} has {len(listed)}"
         raise ValueError(f"{counts}, which differ{first}; give the list it was trained with, or none")
 
@@ -300,8 +288,7 @@ def main() -> None:
     images, masks = folders or find_split(args.data or "data/ADEChallengeData2016", "val")
     if not args.val and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: the validation set of training is not here; give --val IMAGES MASKS")
-    conventions = {"ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks)}
-    conventions |= checkpoint.get("run", {})
+    conventions = {"ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks), **checkpoint.get("run", {})}
     conventions |= {name: value for name, value in vars(args).items() if value is not None and name in conventions}
     labels = {name: conventions[name] for name in ("ignore_index", "reduce_zero_label")}
     dataset = SegmentationDataset(images, masks, len(names), **labels)

@@ -22,38 +22,29 @@ SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 SOT, EOT = 49_406, 49_407
 NUM_MERGES = SOT - 2 * 256  # tokens: 256 bytes, 256 bytes that end a word, merges; the file lists more merges
 WORD_END = "</w>"
-# Texts may contain the start and end tokens, spelled as in open_clip. OpenAI's release spells them <|startoftext|> and
-# <|endoftext|>, the only difference between the two.
+# Texts may contain these, spelled as in open_clip; OpenAI's release spells them <|startoftext|> and <|endoftext|>.
 SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 # Words: special tokens, English contractions, runs of letters, single digits, runs of anything else.
 WORDS = regex.compile("|".join(SPECIAL) + r"|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def tokenize(texts: str | list[str], length: int = 77) -> Tensor:
-    """Token indices (len(texts), length), int64: [SOT, text, EOT, 0, 0, ...]; EOT is the largest index.
-
-    A text of more than `length` tokens raises ValueError.
-    """
+    """Token indices (len(texts), length), int64: [SOT, text, EOT, 0, 0, ...]; ValueError if a text is longer."""
     texts = [texts] if isinstance(texts, str) else texts
     result = torch.zeros(len(texts), length, dtype=torch.long)
     for row, text in zip(result, texts, strict=True):
         tokens = [SOT, *encode(text), EOT]
         if len(tokens) > length:
-            shown = text if len(text) <= 60 else text[:57] + "..."
-            raise ValueError(f"{shown!r} has {len(tokens)} tokens, start and end included, but {length} are allowed")
+            raise ValueError(f"{text[:60]!r} has {len(tokens)} tokens, with start and end; {length} are allowed")
         row[: len(tokens)] = torch.tensor(tokens)
     return result
 
 
 def encode(text: str) -> list[int]:
     """The tokens of a text, without SOT and EOT."""
-    return [token for word in WORDS.findall(clean(text)) for token in encode_word(word)]
-
-
-def clean(text: str) -> str:
-    """Repair broken encodings, resolve HTML entities (twice, for `&amp;amp;`), collapse white space, lower the case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))  # broken encodings, HTML entities (twice: `&amp;amp;`)
+    words = WORDS.findall(" ".join(text.split()).lower())
+    return [token for word in words for token in encode_word(word)]
 
 
 @lru_cache(maxsize=100_000)
@@ -81,15 +72,13 @@ def encode_word(word: str) -> tuple[int, ...]:
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """The token of each symbol, in the order of the tokens and without SOT and EOT, and the rank of each pair."""
     if not VOCABULARY.is_file():
-        raise FileNotFoundError(
-            f"{VOCABULARY}: CLIP's vocabulary is missing; copy it there, from this project or from the Python package "
-            f"open_clip_torch or clip-anytorch"
-        )
+        how = "copy it there from this project, or from the package open_clip_torch"
+        raise FileNotFoundError(f"{VOCABULARY}: CLIP's vocabulary is missing; {how}")
     data = VOCABULARY.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:
         raise ValueError(f"{VOCABULARY}: not CLIP's vocabulary, or truncated; expected sha256 {SHA256}")
-    lines = gzip.decompress(data).decode("utf-8").split("\n")[1 : 1 + NUM_MERGES]  # line 0 is the version
-    pairs = [tuple(line.split()) for line in lines]
+    lines = gzip.decompress(data).decode("utf-8").split("\n")
+    pairs = [tuple(line.split()) for line in lines[1 : 1 + NUM_MERGES]]  # line 0 is the version
     characters = list(byte_characters().values())
     symbols = characters + [c + WORD_END for c in characters] + [first + second for first, second in pairs]
     return {symbol: i for i, symbol in enumerate(symbols)}, {pair: rank for rank, pair in enumerate(pairs)}
@@ -97,8 +86,7 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
 
 @cache
 def byte_characters() -> dict[int, str]:
-    """A printable character for each byte, in the order of the first 256 tokens: its Latin-1 character if that is
-    printable; white space and control codes get the characters starting at 256."""
+    """A printable character for each byte, in the order of the first 256 tokens: Latin-1's, or one from 256 upward."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}

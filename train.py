@@ -13,10 +13,7 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 import os
-import platform
-import shlex
 import sys
 import time
 import warnings
@@ -30,6 +27,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -65,9 +63,8 @@ class Recipe:
     reduce_zero_label: bool = False
 
 
-# Swin's authors', for --backbone swin_t and swin_s (Table 5)
 SWIN = Recipe(iterations=160_000, batch_size=16, lr=6e-5, weight_decay=0.01, backbone_lr_multiplier=1.0)
-SWIN = replace(SWIN, decay_norms=False, power=1.0, min_lr=0.0)
+SWIN = replace(SWIN, decay_norms=False, power=1.0, min_lr=0.0)  # its authors', for --backbone swin_t, swin_s (Table 5)
 # mmsegmentation's default, for --optimizer sgd (section 4.1)
 SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier=1.0, warmup=0, min_lr=1e-4)
 
@@ -78,13 +75,12 @@ SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """The optimizer's parameter groups: a smaller rate for the image encoder, no decay of the context decoder's norms.
 
-    Also freezes the text encoder, unless its learning rate is above 0.
+    Also freezes the text encoder, unless its learning rate is above 0; frozen parameters are in no group.
     Released code: the longest matching key decides, so a norm inside the backbone counts as "backbone" and does decay;
-    "norm" occurs in the names of the context decoder's norm1..3 only. Frozen parameters are in no group.
+    "norm" occurs in the names of the context decoder's norm1..3 only.
     """
-    lr, groups = recipe.lr, {}
-    rates = {"backbone": lr * recipe.backbone_lr_multiplier, "text_encoder": lr * recipe.text_lr_multiplier}
-    rates |= {"norm": lr, "rest": lr}
+    rates = {"backbone": recipe.backbone_lr_multiplier, "text_encoder": recipe.text_lr_multiplier, "norm": 1, "rest": 1}
+    groups = {}
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         key = next((key for key in rates if key in name), "rest")
@@ -92,15 +88,10 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
             parameter.requires_grad_(recipe.text_lr_multiplier > 0)
         undecayed = key == "norm" or not recipe.decay_norms and (id(parameter) in norms or "position" in name)
         if parameter.requires_grad:
-            group = {"name": key, "base_lr": rates[key], "weight_decay": recipe.weight_decay * (not undecayed)}
-            groups.setdefault((key, undecayed), {**group, "params": []})["params"].append(parameter)
+            decay = 0.0 if undecayed else recipe.weight_decay
+            group = {"name": key, "base_lr": recipe.lr * rates[key], "weight_decay": decay, "params": []}
+            groups.setdefault((key, undecayed), group)["params"].append(parameter)
     return list(groups.values())
-
-
-def build_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
 
 
 def learning_rate(iteration: int, base: float, recipe: Recipe) -> float:
@@ -155,11 +146,18 @@ def train(
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()  # the layout that convolutions prefer
-    optimizer = build_optimizer(parameter_groups(model, recipe), recipe)
+    groups = parameter_groups(model, recipe)
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
-    start, best = restore_run(resume, out, model, optimizer, run, device) if resume else (0, -1.0)
-    start_log(out, model, recipe, device, accumulate)
+    start, best = restore_run(resume, out, model, optimizer, run) if resume else (0, -1.0)
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+    record = {"command": sys.argv, "versions": versions, "device": str(device), "processes": world}
+    write_log(out, {**record, "accumulate": accumulate, "class_names": model.class_names, "run": run})
     network = in_parallel(model, train_set, device) if world > 1 else model  # what is called
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
@@ -203,8 +201,7 @@ def train(
 
         # draw, forward, backward; the processes average their gradients in the last step's backward
         for step in range(accumulate):
-            images, labels, paths = next(batches)
-            images, labels = to_device(images, device), to_device(labels, device)
+            images, labels, paths = to_device(next(batches), device)
             with contextlib.nullcontext() if network is model or step == accumulate - 1 else network.no_sync():
                 with autocast:
                     losses = network(images, labels)
@@ -224,8 +221,8 @@ def train(
         if done % log_every == 0 or done == recipe.iterations:
             record = {"iteration": done, **mean_losses(steps), "lr": max(g["lr"] for g in optimizer.param_groups)}
             seconds = (time.perf_counter() - clock) / len(steps) * accumulate  # per iteration, without the pauses
-            left = seconds * (recipe.iterations - done)
-            record |= {"images_per_second": recipe.batch_size / seconds, "eta_seconds": left}
+            record["images_per_second"] = recipe.batch_size / seconds
+            record["eta_seconds"] = seconds * (recipe.iterations - done)
             if device.type == "cuda":
                 record["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
             write_log(out, record)
@@ -238,10 +235,10 @@ def train(
 
 def in_parallel(model: nn.Module, train_set: Dataset, device: torch.device) -> nn.Module:
     """The model under DistributedDataParallel, which must know of parameters without a gradient: tried on a copy."""
-    images, labels, _ = train_set.collate([train_set[0, 0]] * 2)
+    images, labels, _ = to_device(train_set.collate([train_set[0, 0]] * 2), device)
     copied = copy.deepcopy(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        sum(copied(to_device(images, device), to_device(labels, device)).values()).backward()
+        sum(copied(images, labels).values()).backward()
     unused = any(parameter.requires_grad and parameter.grad is None for parameter in copied.parameters())
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers has a new name
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
@@ -252,10 +249,11 @@ def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[s
     if not steps:
         return {}
     values = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in steps])  # (steps, losses)
-    for (iteration, _, paths), row in zip(steps, values.tolist(), strict=True):
-        if not all(map(math.isfinite, row)):
-            how = f"a lower --lr or --clip-grad may help; the batch's files are {' '.join(paths)}"
-            raise ValueError(f"loss is {row[0]} at iteration {iteration}; checkpoints were left as they are; {how}")
+    finite = values.isfinite().all(dim=1).tolist()
+    if not all(finite):
+        iteration, losses, paths = steps[finite.index(False)]
+        how = f"a lower --lr or --clip-grad may help; the batch's files are {' '.join(paths)}"
+        raise ValueError(f"loss is {losses['total']} at iteration {iteration}; the checkpoints are unchanged; {how}")
     means = values.mean(0)
     if dist.is_initialized():
         dist.all_reduce(means)
@@ -263,43 +261,34 @@ def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[s
     return dict(zip(steps[0][1], means.tolist(), strict=True))
 
 
-def to_device(batch: Tensor | list | dict, device: torch.device) -> Tensor | list | dict:
-    """The tensors of a batch, also in lists and dictionaries, on the device."""
-    if isinstance(batch, list):
+def to_device(batch: object, device: torch.device) -> object:
+    """A batch with its tensors, also those in lists, tuples and dictionaries, on the device."""
+    if isinstance(batch, list | tuple):
         return [to_device(value, device) for value in batch]
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
-# ------------------------------------------------------------------------------------------------ resuming and logging
-
-
-def restore_run(
-    path: Path, out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, device: torch.device
-) -> tuple[int, float]:
+def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, run: dict) -> tuple[int, float]:
     """Load weights, optimizer and random states from last.pt of the same run; return its iteration and best score."""
     checkpoint, (rank, world) = read_checkpoint(path), this_process()
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path} holds no optimizer state; --resume needs the last.pt that training wrote")
     check_classes(path, checkpoint["class_names"], "the data", model.class_names)
     there = checkpoint["run"]
-    differences = [f"{k} {there.get(k)!r} there, {run[k]!r} here" for k in run if there.get(k) != run[k]]
-    if differences:
+    if differences := [f"{k} {there.get(k)!r} there, {run[k]!r} here" for k in run if there.get(k) != run[k]]:
         how = "repeat that run's options, or start a new run with another --out"
         raise ValueError(f"{path} belongs to another run: {'; '.join(differences)}; {how}")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    states = checkpoint["random_states"]
-    if len(states) == world:
+    states, device = checkpoint["random_states"], next(model.parameters()).device
+    if len(states) == world:  # with another number of processes: same schedule and samples, other dropout
         torch.set_rng_state(states[rank]["cpu"])
         if device.type == "cuda" and "cuda" in states[rank]:
             torch.cuda.set_rng_state(states[rank]["cuda"], device)
-    elif rank == 0:
-        print(f"{path} is from {len(states)} processes, now {world}: same schedule and samples, dropout is reseeded")
     best = out / "best.pt"
-    same_folder = path.resolve().parent == out.resolve()
-    return checkpoint["iteration"], read_checkpoint(best).get("best", -1.0) if same_folder and best.is_file() else -1.0
+    return checkpoint["iteration"], read_checkpoint(best).get("best", -1.0) if best.is_file() else -1.0
 
 
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
@@ -313,16 +302,6 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
     return states
 
 
-def start_log(out: Path, model: nn.Module, recipe: Recipe, device: torch.device, accumulate: int) -> None:
-    """The first line of a run's log: what is needed to repeat it."""
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    record = {"command": shlex.join(sys.argv), "versions": versions, "device": str(device)}
-    record |= {"processes": this_process()[1], "accumulate": accumulate, "model": model.name}
-    record |= {"settings": asdict(model.settings), "class_names": model.class_names, "recipe": asdict(recipe)}
-    write_log(out, record)
-
-
 def write_log(out: Path, record: dict) -> None:
     """Append one line to log.jsonl, in the first process."""
     if this_process()[0] == 0:
@@ -332,11 +311,8 @@ def write_log(out: Path, record: dict) -> None:
 
 # ------------------------------------------------------------------------------------------------ command line
 
-SETTABLE = {
-    field.name: field.type
-    for field in fields(Settings)
-    if field.name not in ("prompting", "backbone", "short_side", "stored_text")
-}
+OTHERS = ("prompting", "backbone", "short_side", "stored_text")  # not by --set: options of their own, or none
+SETTABLE = {field.name: field.type for field in fields(Settings) if field.name not in OTHERS}
 
 
 def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: Recipe, out: str) -> None:
@@ -347,30 +323,26 @@ def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: 
     option("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, default="post", help=f"where the text comes from; none: baseline {d}")
-    instead = "instead of CLIP's: resnet50, swin_t, vit_b_16, ..., or package.module:function, which returns a module"
-    option("--backbone", metavar="NAME", help=f"image encoder {instead}")
+    option("--backbone", metavar="NAME", help="instead of CLIP's: resnet50, swin_t, ..., or package.module:function")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
     names = "see denseclip.Settings: " + ", ".join(SETTABLE)
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
-    option = parser.add_argument_group("recipe").add_argument
+    zeros = "--text-lr-multiplier 0 freezes the text encoder, --clip-grad 0 turns clipping off"
+    option = parser.add_argument_group("recipe", zeros).add_argument
     option("--iterations", type=positive, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
     option("--batch-size", type=positive, default=recipe.batch_size, help=f"per iteration, over all processes {d}")
     option("--optimizer", choices=("adamw", "sgd"), default=recipe.optimizer, help=d)
     option("--lr", type=float, default=recipe.lr, help=f"peak rate {d}" if recipe.lr else "(the paper's)")
-    option("--weight-decay", type=float, default=recipe.weight_decay, help=d)
-    option("--backbone-lr-multiplier", type=float, default=recipe.backbone_lr_multiplier, metavar="X", help=d)
-    option("--text-lr-multiplier", type=float, default=0.0, metavar="X", help="(default: 0, frozen)")
-    option("--warmup", type=int, default=recipe.warmup, metavar="ITERATIONS", help=d)
-    option("--clip-grad", type=float, default=recipe.clip_grad, metavar="NORM", help=f"0: no clipping {d}")
     option("--precision", choices=["fp32", "bf16"], default=recipe.precision, help=d)
-    option("--seed", type=int, default=recipe.seed, help=d)
+    for name in ("weight_decay", "backbone_lr_multiplier", "text_lr_multiplier", "warmup", "clip_grad", "seed"):
+        default = getattr(recipe, name)
+        option("--" + name.replace("_", "-"), type=type(default), default=default, metavar="X", help=d)
     option = parser.add_argument_group("run").add_argument
     option("--out", type=Path, default=Path(out), metavar="DIR", help=d)
     option("--resume", nargs="?", const="", metavar="PATH", help="continue from last.pt in --out, or from PATH")
     option("--accumulate", type=positive, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
-    option("--eval-every", type=positive, default=8_000, metavar="ITERATIONS", help=d)
-    option("--save-every", type=positive, default=1_000, metavar="ITERATIONS", help=f"write last.pt {d}")
-    option("--log-every", type=positive, default=50, metavar="ITERATIONS", help=d)
+    for name, every in (("--eval-every", 8_000), ("--save-every", 1_000), ("--log-every", 50)):
+        option(name, type=positive, default=every, metavar="ITERATIONS", help=d)
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help=f"loader processes per process {d}")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
 
@@ -444,8 +416,7 @@ def main() -> None:
     option("--ignore-index", type=int, default=IGNORE_INDEX, metavar="VALUE", help="mask value to ignore, besides 255")
     zero = "mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)"
     option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
-    short = "fit images in (2048, this), in training times U(0.5, 2) (default: the crop size)"
-    option("--short-side", type=positive, metavar="PIXELS", help=short)
+    option("--short-side", type=positive, metavar="PIXELS", help="fit images in (2048, this) (default: the crop size)")
     args = parser.parse_args()
     if args.train and not args.val:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
@@ -459,8 +430,7 @@ def main() -> None:
         raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, a file with one per line")
     class_names, colors = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
-    options = {"prompting": args.prompting, "backbone": args.backbone, **parse_settings(args.set)}
-    options |= {"short_side": args.short_side} if args.short_side else {}
+    options = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(args.set)
     weights = initial_weights(PRESETS[args.model], args.clip, args.backbone, args.backbone_weights, plain)
     if not resume:  # a resumed run has its own weights
         fetch_weights(args.backbone, **weights)
@@ -481,8 +451,7 @@ def main() -> None:
     val_set[0]  # finds a wrong set now, not at the first evaluation
 
     if rank == 0:
-        sizes = f"{len(train_set)} training and {len(val_set)} validation images"
-        print(f"{model.name}, {len(class_names)} classes, {sizes}, {world} x {device}")
+        print(f"{model.name}, {world} x {device}, {len(train_set)} training and {len(val_set)} validation images")
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
         if recipe.reduce_zero_label:
             print("mask value 0 is ignored and 1 is the first class; --no-reduce-zero-label if your classes start at 0")

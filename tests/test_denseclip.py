@@ -223,6 +223,14 @@ def test_text_can_be_frozen(name, prompting, tmp_path):
             model.encoder.set_class_names(["cat", "dog", "horse"])
 
 
+def test_readme_lines_that_freeze(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "runs/mine/best.pt", model := build_model("tiny", NAMES).eval())
+    monkeypatch.chdir(tmp_path)
+    exec(readme_block("freeze_text"), {})
+    images = torch.zeros(1, 3, 64, 64)
+    assert torch.equal(load_checkpoint("frozen.pt")(images), model(images))
+
+
 def test_contexts_from_the_image_cannot_be_frozen():
     with pytest.raises(ValueError, match=r"pre-model prompting needs the text encoder: .* Eq. \(4\)"):
         build_model("tiny", NAMES, prompting="pre").freeze_text()

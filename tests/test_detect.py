@@ -249,7 +249,7 @@ def test_a_checkpoint_is_all_that_evaluation_needs(checkpoint, monkeypatch, caps
     gone = [str(tmp_path / "images"), str(tmp_path / "val.json")]
     save_checkpoint(tmp_path / "moved.pt", load_checkpoint(checkpoint), data={"val": gone})
     error = error_line(detect, capsys, monkeypatch, "eval", "--checkpoint", tmp_path / "moved.pt")
-    assert gone[0] in error and "the validation set of training is not here; give --val IMAGES JSON" in error
+    assert gone[0] in error and "no such validation set; give --val IMAGES JSON" in error
     Path(gone[0]).mkdir()
     error = error_line(detect, capsys, monkeypatch, "eval", "--checkpoint", tmp_path / "moved.pt")
     assert gone[1] in error and "give --val IMAGES JSON" in error

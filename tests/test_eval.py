@@ -278,6 +278,13 @@ def test_mistakes_end_in_one_line_and_status_2(folders, checkpoint, tmp_path, ca
         assert all(word in error for word in words), (arguments, error)
 
 
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="--device cuda:1 puts every process of torchrun on one GPU"):
+        evaluation.start_process("cuda:1")
+
+
 def test_conventions_of_the_training_data_are_the_checkpoints(folders, tmp_path, monkeypatch, capsys):
     """Masks are read as in training, unless an option says otherwise."""
     images, masks = folders
