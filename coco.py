@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from data import IterationSampler, read_image, resize_to_fit
+from data import IterationSampler, open_image, read_image, resize_to_fit
 
 try:
     from pycocotools import mask as coco_mask
@@ -38,32 +39,39 @@ SUMMARY = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "APs", "ap_me
 
 def find_coco(root: str | Path, split: str) -> tuple[Path, Path]:
     """(image folder, annotation file) of a split, "train" or "val", in COCO's layout or the generic one."""
+    root = Path(root)
     for name in (f"{split}2017", split):
-        annotations = Path(root, "annotations", f"instances_{name}.json")
-        for images in (Path(root, name), Path(root, "images", name)):
+        annotations = root / "annotations" / f"instances_{name}.json"
+        for images in (root / name, root / "images" / name):
             if images.is_dir() and annotations.is_file():
                 return images, annotations
-    expected = f"{split}2017 and annotations/instances_{split}2017.json, or images/{split} and instances_{split}.json"
-    raise FileNotFoundError(f"{root}: expected {expected}; or give --{split} IMAGES JSON")
+    raise FileNotFoundError(
+        f"{root}: expected {split}2017 and annotations/instances_{split}2017.json (COCO), or images/{split} and "
+        f"annotations/instances_{split}.json; or give --{split} IMAGES JSON"
+    )
 
 
 def read_annotations(path: str | Path) -> dict[str, list[dict]]:
-    """The JSON file, checked for the keys that this file reads."""
+    """The JSON file with its "images", "annotations" and "categories", checked for what this file reads of them."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file, or cut short ({error})") from None
     required = {
-        "images": ["id", "file_name", "width", "height"],
-        "annotations": ["image_id", "category_id", "bbox"],
-        "categories": ["id", "name"],
+        "images": {"id": (int, str), "file_name": str},
+        "annotations": {"image_id": (int, str), "category_id": int, "bbox": list},
+        "categories": {"id": int, "name": str},
     }
-    for name, keys in required.items():
-        if not isinstance(content, dict) or not content.get(name):
+    for name, types in required.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), list) or not content[name]:
             raise ValueError(f"{path}: no {name!r}; COCO's format needs images, annotations and categories")
         for i, entry in enumerate(content[name]):
-            if not entry.keys() >= set(keys):
-                raise ValueError(f"{path}: {name}[{i}] needs {', '.join(keys)}, but is {str(entry)[:80]}")
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), t) for key, t in types.items()):
+                raise ValueError(f"{path}: {name}[{i}] needs {', '.join(types)}, but is {str(entry)[:80]}")
+    for name, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        value, count = Counter(entry[key] for entry in content[name]).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{path}: {count} {name} with {key} {value!r}; keep one of them")
     return content
 
 
@@ -79,8 +87,8 @@ def make_coco(images: list[dict], categories: list[dict], annotations: list[dict
 class CocoDetection(torch.utils.data.Dataset):
     """Images with boxes, and optionally masks, from a folder and an annotation file in COCO's format.
 
-    transform:   (image (3, H, W) uint8, target) -> (image, target), for example DetectionTransform
-    class_names: list, the model's; they must be the file's categories, in any order. None: the file's, sorted by id
+    transform:   called with an image (3, H, W) uint8 and its target, for example DetectionTransform
+    class_names: the model's; they must be the file's categories, in any order. None: the file's, sorted by id
     load_masks:  also read polygons and RLE masks: for targets in training, for mask AP in evaluation
     train:       leave out crowd regions, boxes smaller than a pixel and images without boxes
 
@@ -92,7 +100,14 @@ class CocoDetection(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, image_dir: Path, annotations: Path, transform, class_names=None, *, load_masks=False, train=False
+        self,
+        image_dir: str | Path,
+        annotations: str | Path,
+        transform: Callable[[Tensor, dict], tuple[Tensor, dict]],
+        class_names: list[str] | None = None,
+        *,
+        load_masks: bool = False,
+        train: bool = False,
     ):
         if COCO is None:
             raise ValueError("detection needs pycocotools, which is not installed: pip install pycocotools")
@@ -102,8 +117,6 @@ class CocoDetection(torch.utils.data.Dataset):
 
         categories = sorted(content["categories"], key=lambda category: category["id"])
         ids = {category["name"]: category["id"] for category in categories}
-        if len(ids) < len(categories):
-            raise ValueError(f"{annotations}: two categories have the same name; keep one of them")
         self.class_names = list(class_names or ids)
         extra, missing = sorted(set(ids) - set(self.class_names)), sorted(set(self.class_names) - set(ids))
         if extra or missing:
@@ -113,7 +126,14 @@ class CocoDetection(torch.utils.data.Dataset):
         self.images = content["images"]
         absent = [image["file_name"] for image in self.images if not (self.image_dir / image["file_name"]).is_file()]
         if absent:
-            raise FileNotFoundError(f"{annotations}: {len(absent)} images are not in {image_dir}, first {absent[0]}")
+            raise FileNotFoundError(
+                f"{annotations}: {len(absent)} of its {len(self.images)} images are not in {image_dir}, the first is "
+                f"{absent[0]}; give the folder that belongs to the file, or remove them from the file"
+            )
+        for image in self.images:
+            if not (isinstance(image.get("width"), int) and isinstance(image.get("height"), int)):
+                image["width"], image["height"] = open_image(self.image_dir / image["file_name"]).size
+                self.repairs["missing image sizes read from the images"] += 1
         boxes = self.repair(content["annotations"])
         if train:
             not_empty = {box["image_id"] for box in boxes}
@@ -132,17 +152,16 @@ class CocoDetection(torch.utils.data.Dataset):
             where, bbox = f"{self.annotations}: annotations[{i}]", annotation["bbox"]
             if annotation["category_id"] not in labels:
                 raise ValueError(f"{where} has category_id {annotation['category_id']}, which is not in its categories")
-            if not isinstance(bbox, list) or len(bbox) != 4 or not np.isfinite(bbox).all():
+            if len(bbox) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in bbox):
                 raise ValueError(f"{where} has bbox {bbox}; expected [x, y, width, height] in pixels")
             (x, y, w, h), (width, height) = bbox, sizes.get(annotation["image_id"], (0, 0))
             x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
             crowd = int(annotation.get("iscrowd") == 1)
-            segmentation = annotation.get("segmentation") if self.load_masks else None
-            if isinstance(segmentation, list):  # polygons with three corners or more
-                segmentation = [p for p in segmentation if isinstance(p, list) and len(p) >= 6]
+            segmentation = usable_segmentation(annotation.get("segmentation")) if self.load_masks else None
             reasons = {
                 "annotations of unlisted images left out": annotation["image_id"] not in sizes,
-                "boxes without area in their image left out": x2 <= x1 or y2 <= y1,
+                "boxes of zero or negative size left out": w <= 0 or h <= 0,
+                "boxes outside their image left out": x2 <= x1 or y2 <= y1,
                 "crowd regions left out of training": self.train and crowd,
                 "boxes smaller than a pixel left out of training": self.train and min(x2 - x1, y2 - y1) < 1,
                 "boxes without a mask left out of training": self.train and self.load_masks and not segmentation,
@@ -152,6 +171,7 @@ class CocoDetection(torch.utils.data.Dataset):
                 continue
             if isinstance(segmentation, dict) and list(segmentation["size"]) != [height, width]:
                 raise ValueError(f"{where} has an RLE mask of size {segmentation['size']}, not {[height, width]}")
+            self.repairs["boxes clipped"] += self.train and max(-x, -y, x + w - width, y + h - height) > 1
             self.repairs["boxes without a mask not scored in mask AP"] += self.load_masks and not segmentation
             annotation.update(label=labels[annotation["category_id"]], box=[x1, y1, x2, y2], segmentation=segmentation)
             annotation.update(iscrowd=crowd, area=annotation.get("area") or w * h)
@@ -174,7 +194,8 @@ class CocoDetection(torch.utils.data.Dataset):
         path, size = self.image_dir / entry["file_name"], (entry["height"], entry["width"])
         image = read_image(path)  # (3, H, W)
         if image.shape[1:] != size:
-            raise ValueError(f"{path} is {tuple(image.shape[1:])} without EXIF, but {self.annotations} says {size}")
+            stored = f"{tuple(image.shape[1:])} (height, width), EXIF orientation not applied"
+            raise ValueError(f"{path}: stored as {stored}, but {self.annotations} says {size}")
         annotations = self.coco.imgToAnns[entry["id"]]
         boxes = torch.tensor([a["box"] for a in annotations], dtype=torch.float32).reshape(-1, 4)  # (N, 4)
         labels = torch.tensor([a["label"] for a in annotations], dtype=torch.int64)  # (N,)
@@ -197,6 +218,14 @@ class CocoDetection(torch.utils.data.Dataset):
         return tuple(map(list, zip(*samples, strict=True)))
 
 
+def usable_segmentation(segmentation: list | dict | None) -> list | dict | None:
+    """An RLE, or the polygons that have three corners or more; None if nothing is left."""
+    if isinstance(segmentation, dict):
+        return segmentation if segmentation.get("counts") and "size" in segmentation else None
+    polygons = [p for p in segmentation or () if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    return [p for p in polygons if all(isinstance(value, (int, float)) for value in p)] or None
+
+
 # ------------------------------------------------------------------------------------------------ transform and batches
 
 
@@ -206,7 +235,10 @@ def detection_limits(short_side: int) -> tuple[int, int]:
 
 
 class DetectionTransform:
-    """The released pipeline: resize to fit `limits` at the same aspect ratio, flip with probability `flip`."""
+    """The released pipeline: resize to fit `limits` at the same aspect ratio, flip with probability `flip`.
+
+    limits: (longest long side, longest short side) in pixels; flip: 0.5 in training, 0 otherwise
+    """
 
     def __init__(self, limits: tuple[int, int] = (1333, 800), flip: float = 0.0):
         self.limits, self.flip = limits, flip
@@ -258,7 +290,12 @@ class AspectRatioSampler(IterationSampler):
 
 
 def evaluate_detection(
-    model: nn.Module, dataset: CocoDetection, device: torch.device, save_results: Path | None = None, workers: int = 0
+    model: nn.Module,
+    dataset: CocoDetection,
+    device: torch.device | str,
+    *,
+    save_results: str | Path | None = None,
+    workers: int = 0,
 ) -> dict[str, float | Tensor]:
     """COCO's average precision of `model` on `dataset` as pycocotools computes it, in per cent; nan: no such objects.
 
@@ -332,12 +369,12 @@ def average_precision(dataset: CocoDetection, results: list[dict]) -> dict[str, 
 def format_ap_table(metrics: dict, class_names: list[str]) -> str:
     """AP in per cent as text: one line per class, then the means ("-": no such objects)."""
     kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
+    titles = [*class_names, *SUMMARY.values()]
+    width = max(map(len, ["class", *titles]))
+    header = f"{'class':<{width}}" + "".join(f"{f'{kind} AP':>10}" for kind in kinds)
+    rule = "-" * len(header)
     columns = [[*metrics[f"{k}_ap_per_class"].tolist(), *(metrics[f"{k}_{name}"] for name in SUMMARY)] for k in kinds]
-    rows = [["class", *(f"{kind} AP" for kind in kinds)]]
-    for title, *values in zip([*class_names, *SUMMARY.values()], *columns, strict=True):
-        rows.append([title, *("-" if math.isnan(value) else f"{value:.2f}" for value in values)])
-    width = max(len(title) for title, *_ in rows)
-    lines = [f"{title:<{width}}" + "".join(f"{value:>10}" for value in values) for title, *values in rows]
-    for index in (1, 2 + len(class_names)):  # after the header and after the classes
-        lines.insert(index, "-" * len(lines[0]))
-    return "\n".join(lines)
+    lines = []
+    for title, *values in zip(titles, *columns, strict=True):
+        lines.append(f"{title:<{width}}" + "".join(f"{'-' if math.isnan(v) else f'{v:.2f}':>10}" for v in values))
+    return "\n".join([header, rule, *lines[: len(class_names)], rule, *lines[len(class_names) :]])

@@ -37,6 +37,8 @@ RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="s
 
 
 def train_detector(args: argparse.Namespace) -> None:
+    if args.train and not args.val:
+        raise ValueError("--train also needs --val: a folder of images and a JSON file to score the model on")
     args.model = args.model or next(iter(PRESETS))
     resume, plain = find_run(args.out, args.resume), args.prompting == "none"
     options = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(args.set)

@@ -192,21 +192,25 @@ def test_repairs_are_counted(content, tmp_path):
     a[7]["segmentation"] = [1, 2, 30, 2, 30, 30]  # numbers, not polygons
     a[8]["segmentation"] = [[[1, 2], [3, 4]]]
     a += [{**a[8], "segmentation": [[40, 5, 60, 5, 60, 25]], "bbox": [40, 5, 20, 20]}]  # with the id of another
+    del content["images"][1]["width"]
     train = open_set(tmp_path, content, load_masks=True, train=True)
     counts = {
-        "boxes without area in their image left out": 3,
+        "missing image sizes read from the images": 1,
+        "boxes of zero or negative size left out": 2,
+        "boxes outside their image left out": 1,
+        "boxes clipped": 1,
         "annotations of unlisted images left out": 1,
         "boxes without a mask left out of training": 3,
         "boxes smaller than a pixel left out of training": 1,
         "images without boxes left out of training": 1,
     }
     assert train.repairs == Counter(counts)
-    assert "2 images, 2 boxes, 3 classes; boxes without area in their image left out: 3; annota" in train.summary()
+    assert "2 images, 2 boxes, 3 classes; missing image sizes read from the images: 1; boxes of" in train.summary()
     assert [a["box"] for a in train.coco.anns.values()] == [[0, 0, 30, 30], [40, 5, 60, 25]]
 
     val = open_set(tmp_path, load_masks=True)
     assert [len(val.coco.imgToAnns[i]) for i in (100, 101, 102)] == [0, 2, 4]
-    assert val.repairs["boxes without a mask not scored in mask AP"] == 3
+    assert val.repairs["boxes without a mask not scored in mask AP"] == 3 and val.repairs["boxes clipped"] == 0
     metrics = score(val, perfect_detections(val, keep=lambda a: a["segmentation"]))
     assert metrics["mask_ap"] == pytest.approx(100) and metrics["box_ap"] < 70
 
@@ -217,14 +221,15 @@ def test_repairs_are_counted(content, tmp_path):
         ("categories", None, None, "no 'categories'"),
         ("images", None, [], "no 'images'"),
         ("annotations", None, [], "no 'annotations'"),
-        ("images", None, [{"id": 100}], r"images\[0\] needs id, file_name, width, height"),
-        ("annotations", None, [{"image_id": 100}], r"annotations\[0\] needs image_id, category_id, bbox"),
-        ("categories", None, [{"name": "disc"}], r"categories\[0\] needs id, name"),
-        ("categories", 1, {"name": "disc"}, "two categories have the same name"),
-        ("annotations", 1, {"bbox": None}, r"annotations\[1\] has bbox None"),
+        ("images", 0, {"file_name": 3}, r"images\[0\] needs id, file_name"),
+        ("annotations", 4, {"bbox": None}, r"annotations\[4\] needs image_id, category_id, bbox"),
+        ("annotations", 0, {"category_id": [1]}, r"annotations\[0\] needs"),
+        ("categories", 0, {"name": None}, r"categories\[0\] needs id, name"),
+        ("images", 1, {"id": 100}, "2 images with id 100"),
+        ("categories", 1, {"name": "disc"}, "2 categories with name 'disc'"),
         ("annotations", 1, {"category_id": 5}, r"annotations\[1\] has category_id 5"),
         ("annotations", 1, {"bbox": [1, float("nan"), 3, 4]}, r"annotations\[1\] has bbox \[1, nan, 3, 4\]"),
-        ("images", 2, {"file_name": "9.png"}, "1 images are not in .*first 9.png"),
+        ("images", 2, {"file_name": "9.png"}, "1 of its 3 images are not in .*the first is 9.png"),
         ("annotations", None, [{"image_id": 100, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1}], "nothing to"),
     ],
 )
@@ -247,7 +252,7 @@ def test_a_file_that_is_missing_or_not_json_is_named(content, tmp_path):
 
 def test_an_image_of_another_size_is_named(content, tmp_path):
     content["images"][0]["width"] = 90
-    with pytest.raises(ValueError, match=r"0.png is \(64, 96\) .*set.json says \(64, 90\)"):
+    with pytest.raises(ValueError, match=r"0.png: stored as \(64, 96\) .*set.json says \(64, 90\)"):
         open_set(tmp_path, content)[0]
 
 

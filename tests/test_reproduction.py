@@ -14,8 +14,10 @@ from PIL import Image
 
 import coco
 import detect
+import predict
 import train as training
 from data import read_classes
+from denseclip import build_model, save_checkpoint
 from experiments.tables import gpu_days, training_cost
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +66,7 @@ def test_every_table_is_there():
         "Table 7",
         "Table 8",
         "Figure 2",
+        "Figure 5",
     ):
         assert f"| {title}: " in TABLE, title
     assert HEADER in TABLE and len(ROWS) == 40
@@ -116,3 +119,13 @@ def test_commands_train_what_their_rows_say(command, cells, folder, monkeypatch,
         assert (recipe.batch_size, recipe.schedule, recipe.clip_grad) == (16, "step", 0.1)
         assert recipe.lr == (2e-4 if "mask" in command else 1e-4)
     assert planned_cells(model, recipe) == cells
+
+
+def test_pictures_are_drawn(folder, monkeypatch):
+    """Figure 5, by its row's command."""
+    command = re.search(r"`python predict\.py (.*?)`", TABLE)[1]
+    save_checkpoint(folder / "runs/NAME/last.pt", build_model("tiny", ["wall", "sky", "tree"]))
+    monkeypatch.chdir(folder)
+    images = "data/ADEChallengeData2016/images/validation"
+    run(predict, monkeypatch, *shlex.split(command.replace("IMAGES", images)), "--device", "cpu")
+    assert len(list(Path("predictions").glob("*_sheet.png"))) == 1
