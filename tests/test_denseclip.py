@@ -394,7 +394,7 @@ def test_all_the_rest_works_without_detection(tests, tmp_path):
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(readme_block("save_checkpoint"), scope := {})
+    exec(readme_block("score_map, text"), scope := {})
     assert scope["logits"].shape == (2, 3, 512, 512) and scope["score_map"].shape[:2] == (2, 3)
     assert scope["model"].class_names == ["sky", "road", "traffic light"]
 
