@@ -363,7 +363,7 @@ def copy_without_detection(folder):
         (folder / f"{name}.py").unlink()
         for test in folder.glob(f"tests/test_{name}.py"):
             test.unlink()
-    for name in ("golden", "reproduction"):  # these convert the authors' checkpoints, or run detect.py
+    for name in ("golden", "reproduction", "tables"):  # these convert checkpoints, run detect.py, or count detectors
         (folder / "tests" / f"test_{name}.py").unlink()
     return folder
 
