@@ -4,6 +4,8 @@ A backbone maps images (B, 3, H, W) to four feature maps, fine to coarse. `Atten
 pool, randomly initialized, to the last of them, so that the frozen text encoder can guide the backbone.
 
     backbone = AttentionPoolBackbone(SwinPyramid("swin_t", "IMAGENET1K_V1"), embed_dim=1024)
+
+This file needs torch, torchvision and clip_model.py.
 """
 
 import importlib
@@ -70,9 +72,8 @@ class AttentionPoolBackbone(nn.Module):
         self.module.train(training)
         four = [len(shape) for shape in shapes] == [4] * 4
         if not four or any(abs(2 * shapes[i + 1][d] - shapes[i][d]) > 1 for i in range(3) for d in (2, 3)):
-            raise ValueError(
-                f"{name}: expected four feature maps (B, C, H, W) that halve in size each time, got {shapes}"
-            )
+            what = "expected four feature maps (B, C, H, W) that halve in size each time"
+            raise ValueError(f"{name}: {what}, got {shapes}")
         return shapes
 
 

@@ -135,11 +135,7 @@ class AttentionPool2d(nn.Module):
         self.heads = heads
         self.crop_positions = crop_positions  # whether maps smaller than the grid get its corner, not a resized grid
         self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, width) * width**-0.5)
-        self.k_proj, self.q_proj, self.v_proj = (
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-        )
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
         for projection in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
             nn.init.normal_(projection.weight, std=width**-0.5)

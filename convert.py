@@ -53,7 +53,7 @@ def convert(source: Path, target: Path, class_names: list[str] | None = None, un
     unsafe: also unpickle arbitrary objects, which can run code; the "meta" of released files may hold some
     """
     checkpoint = torch.load(source, map_location="cpu", weights_only=False) if unsafe else read_tensors(source)
-    state_dict = checkpoint.get("state_dict", {})
+    state_dict = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     task = next((task for task, (key, _) in CLASSIFIERS.items() if key in state_dict), None)
     if task is None:
         keys = " or ".join(key for key, _ in CLASSIFIERS.values())

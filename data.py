@@ -10,10 +10,13 @@ deviation; labels are (H, W), int64, in [0, K), or 255 for pixels that count nei
 import argparse
 import functools
 import itertools
+import os
 import shutil
 import sys
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from clip_model import IGNORE_INDEX, MEAN, STD, download
@@ -32,7 +34,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # lossless formats only
 ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
+FROM_COLORS = """a mask in colors ({mode}); masks hold class indices, and this makes them, in a new folder:
 
+    from pathlib import Path; import numpy as np; from PIL import Image; from data import read_classes
+    names, colors = read_classes("LIST")  # a file with name, R, G, B on each line, tabs between them
+    Path("masks").mkdir()
+    for path in Path("{folder}").glob("*{suffix}"):
+        match = (np.asarray(Image.open(path).convert("RGB"))[:, :, None] == np.array(colors)).all(3)  # (H, W, K)
+        Image.fromarray(np.where(match.any(2), match.argmax(2), 255).astype("uint8")).save(f"masks/{{path.stem}}.png")
+"""
 
 # ------------------------------------------------------------------------------------------------ class lists, reading
 
@@ -43,8 +53,7 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
     shipped = CLASSES_DIR / f"{name_or_path}.txt"
     path = shipped if shipped.is_file() else Path(name_or_path)
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in CLASSES_DIR.glob("*.txt")))
-        raise FileNotFoundError(f"{path}: no such class list; give a text file, one class per line, or one of {names}")
+        raise FileNotFoundError(f"{path}: no such class list; give {class_lists()}")
     colors: dict[str, tuple[int, int, int]] = {}
     for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), start=1):
         name, *color = [field.strip() for field in line.split("\t")]
@@ -59,6 +68,10 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
     if not colors:
         raise ValueError(f"{path}: the class list is empty; write one class name per line")
     return list(colors), list(colors.values())
+
+
+def class_lists() -> str:
+    return f"a file with one per line or one of {', '.join(sorted(path.stem for path in CLASSES_DIR.glob('*.txt')))}"
 
 
 @functools.cache
@@ -120,7 +133,8 @@ def read_image(path: str | Path) -> Tensor:
 
 def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     """Gray, palette, CMYK and 1-bit images are converted, alpha is dropped, 16-bit gray is scaled to 8 bits."""
-    if image.mode in ("F", "LAB") or image.mode.startswith("I") and image.getextrema()[1] > 65535:
+    low, high = image.getextrema() if image.mode.startswith("I") else (0, 0)
+    if image.mode in ("F", "LAB") or low < 0 or high > 65535:
         raise ValueError(f"{path}: its {image.mode} values have no standard RGB form; save it as RGB or 8-bit gray")
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
         gray = np.asarray(image).astype(np.int64)  # (H, W)
@@ -167,13 +181,24 @@ class SegmentationDataset(torch.utils.data.Dataset):
         index, seed = key if isinstance(key, tuple) else (key, None)
         image_path, mask_path = self.pairs[index]
         image, label = read_image(image_path), self.read_label(mask_path)  # (3, H, W) uint8, (H, W) uint8
-        if image.shape[1:] != label.shape:
-            (h, w), (height, width) = label.shape, image.shape[1:]  # EXIF orientation is not applied
-            raise ValueError(f"{mask_path}: {w} x {h} pixels, but {image_path} has {width} x {height} as stored")
+        self.check_size(index, label, image.shape[1:])
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the GPU's generator
             return *self.transform(image, label), str(image_path)
+
+    def check_size(self, index: int, label: Tensor, size: tuple[int, int]) -> None:
+        (image_path, mask_path), (h, w), (height, width) = self.pairs[index], label.shape, size
+        if (h, w) != (height, width):  # EXIF orientation is not applied
+            raise ValueError(f"{mask_path}: {w} x {h} pixels, but {image_path} has {width} x {height} as stored")
+
+    def count_labels(self, index: int) -> Tensor:
+        """Pixels of each label in a mask, (256,); of its image, only the size is read, to compare."""
+        image_path, mask_path = self.pairs[index]
+        label = self.read_label(mask_path)  # (H, W)
+        with Image.open(image_path) as image:
+            self.check_size(index, label, image.size[::-1])
+        return torch.bincount(label.flatten(), minlength=256)
 
     def sampler(self, batch_size: int, seed: int, rank: int, world: int, start: int) -> "IterationSampler":
         """The sampler for training; start: number of samples drawn before."""
@@ -185,7 +210,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         """A mask of 1, 8 or 16 bits, or the indices of a palette image, as labels: (H, W) uint8 in [0, K) or 255."""
         image, first = open_image(path), int(self.reduce_zero_label)
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            raise ValueError(f"{path}: a mask of mode {image.mode}; convert the colors to one channel of class indices")
+            folder, suffix = os.path.abspath(path.parent), path.suffix
+            raise ValueError(f"{path}: {FROM_COLORS.format(mode=image.mode, folder=folder, suffix=suffix)}")
         mask = np.asarray(image).astype(np.int64)
         ignored = (mask == IGNORE_INDEX) | (mask == self.ignore_index) | ((mask == 0) & self.reduce_zero_label)
         label = np.where(ignored, IGNORE_INDEX, mask - first)
@@ -197,21 +223,57 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return torch.from_numpy(label.astype(np.uint8))
 
 
+def look_at_all(look: Callable[[int], object], number: int, title: str, workers: int) -> list:
+    """[look(0), ..., look(number - 1)] by threads, with a progress bar; ends with the first error."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return list(tqdm(pool.map(look, range(number)), title, number, leave=False, disable=None))
+
+
+def check_data(train: SegmentationDataset, val: SegmentationDataset, class_names: list[str], workers: int) -> str:
+    """Look at all masks and validation images before training; a ValueError names the first file that fails.
+
+    return: each class's share of the training pixels, and warnings, as lines of text
+    """
+    counts = sum(look_at_all(train.count_labels, len(train), "looking at training masks", workers))  # (256,)
+    looked = look_at_all(lambda i: val[i][1].lt(IGNORE_INDEX).any(), len(val), "looking at validation images", workers)
+    labeled, ignored = counts[:IGNORE_INDEX].sum().item(), counts[IGNORE_INDEX].item()
+    for split, any_label in (("training", labeled > 0), ("validation", any(looked))):
+        if not any_label:
+            how = "check --ignore-index and --reduce-zero-label"
+            raise ValueError(f"all pixels of the {split} masks are ignored ({train.pairs[0][1].parent}); {how}")
+    shares = (f"{name} {100 * n / labeled:.2g}" for name, n in zip(class_names, counts.tolist(), strict=False))
+    lines = [textwrap.fill(f"training pixels in %: {', '.join(shares)}", 118)]
+    if ignored > 9 * labeled:
+        lines += [f"warning: {100 * ignored / (ignored + labeled):.0f} % of the training pixels are ignored"]
+    if absent := [name for name, n in zip(class_names, counts.tolist(), strict=False) if n == 0]:
+        lines += [
+            f"warning: no training mask has {', '.join(absent[:10])} ({len(absent)} of {len(class_names)} classes)"
+        ]
+    if counts[0] == 0 and not train.reduce_zero_label:
+        lines += ["warning: value 0 never occurs: are these 1-based masks? --reduce-zero-label makes 1 the first class"]
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------ transforms
 
 # As released, in the released order. What differs from the released code, all of it within rounding:
 # - it rounds to 8 bits after every photometric step, and hue to 2 degrees; here they stay float, in [0, 1]
-# - its bilinear resizing (OpenCV) has 11-bit weights and rounds once; torchvision's for uint8 rounds after each axis.
-#   Neither smooths before shrinking: antialias=False, because the released weights were trained and tested without.
+# - its bilinear resizing (OpenCV) has 11-bit weights and rounds once; PyTorch's for uint8 rounds after each axis.
+#   Neither smooths before shrinking, because the released weights were trained and tested without.
 # - for evaluation the float image is resized; the released code rounds to 8 bits before normalization
-# torchvision's own brightness, contrast and saturation are other functions, hence `photometric_distortion`.
 
 
 def resize_to_fit(image: Tensor, limits: tuple[int, int]) -> Tensor:
     """(..., H, W) to the largest size of its aspect ratio within (long side, short side); bilinear, no antialias."""
     (height, width), (long, short) = image.shape[-2:], limits
     factor = min(long / max(height, width), short / min(height, width))
-    return F.resize(image, [max(int(side * factor + 0.5), 1) for side in (height, width)], antialias=False)
+    size = [max(int(side * factor + 0.5), 1) for side in (height, width)]
+    return F.interpolate(image.view(-1, *image.shape[-3:]), size, mode="bilinear").view(*image.shape[:-2], *size)
+
+
+def normalize(image: Tensor) -> Tensor:
+    """RGB (3, H, W) in [0, 1] with CLIP's mean and standard deviation."""
+    return (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def uniform(low: float, high: float) -> float:
@@ -224,8 +286,7 @@ def coin() -> bool:
 
 def eval_transform(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Normalized image; image and label keep their size."""
-    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), MEAN, STD)  # (3, H, W)
-    return image.contiguous(), label.long()
+    return normalize(image / 255).contiguous(), label.long()  # (3, H, W), (H, W)
 
 
 class TrainTransform:
@@ -242,17 +303,16 @@ class TrainTransform:
         """image (3, H, W) uint8, label (H, W) uint8 -> (3, crop, crop) float, (crop, crop) int64"""
         ratio = uniform(0.5, 2)
         image = resize_to_fit(image, (int(self.limits[0] * ratio), int(self.limits[1] * ratio)))
-        label = F.resize(label[None], list(image.shape[1:]), interpolation=InterpolationMode.NEAREST)[0]
+        label = F.interpolate(label[None, None], image.shape[1:])[0, 0]  # nearest
         top, left, height, width = random_crop_box(label, self.crop_size)
         image = image[:, top : top + height, left : left + width].contiguous()  # (3, height, width)
         label = label[top : top + height, left : left + width]  # (height, width)
         if coin():
-            image, label = F.horizontal_flip(image), F.horizontal_flip(label)
-        image = photometric_distortion(F.to_dtype(image, torch.float32, scale=True))  # (3, height, width) in [0, 1]
-        image = F.normalize(image, MEAN, STD)
-        padding = [0, 0, self.crop_size - width, self.crop_size - height]  # left, top, right, bottom
-        image = F.pad(image, padding, fill=0)  # (3, crop, crop); after normalization 0 is the mean color
-        return image, F.pad(label[None], padding, fill=IGNORE_INDEX)[0].long()
+            image, label = image.flip(-1), label.flip(-1)
+        image = normalize(photometric_distortion(image / 255))  # (3, height, width)
+        padding = [0, self.crop_size - width, 0, self.crop_size - height]  # left, right, top, bottom
+        image = F.pad(image, padding, value=0)  # (3, crop, crop); after normalization 0 is the mean color
+        return image, F.pad(label, padding, value=IGNORE_INDEX).long()
 
 
 def random_crop_box(label: Tensor, crop_size: int, max_share: float = 0.75, tries: int = 10) -> tuple[int, ...]:
@@ -281,7 +341,7 @@ def photometric_distortion(image: Tensor) -> Tensor:
     if coin():
         image = scale_saturation(image, uniform(0.5, 1.5))
     if coin():
-        image = F.adjust_hue(image, uniform(-18, 18) / 180)  # OpenCV counts half degrees: 180 is the full circle
+        image = shift_hue(image, uniform(-18, 18) / 180)  # OpenCV counts half degrees: 180 is the full circle
     if not contrast_first and coin():
         image = (image * uniform(0.5, 1.5)).clamp(0, 1)
     return image
@@ -292,6 +352,15 @@ def scale_saturation(image: Tensor, factor: float) -> Tensor:
     value = image.amax(0)  # (H, W)
     ratio = (value / (value - image.amin(0)).clamp_min(1e-6)).clamp_max(factor)  # (H, W)
     return value - (value - image) * ratio  # (3, H, W)
+
+
+def shift_hue(image: Tensor, shift: float) -> Tensor:
+    """HSV hue plus `shift`, in full circles; saturation and value stay."""
+    (r, g, b), value, chroma = image, image.amax(0), image.amax(0) - image.amin(0)  # (H, W)
+    sixth = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g)) / chroma.clamp_min(1e-12)  # (H, W)
+    hue = sixth + torch.where(value == r, 0, torch.where(value == g, 2, 4)) + 6 * shift  # (H, W), in sixths of a circle
+    k = (hue + torch.tensor([5, 3, 1]).view(3, 1, 1)) % 6  # (3, H, W)
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)  # (3, H, W)
 
 
 class IterationSampler(torch.utils.data.Sampler):
@@ -347,14 +416,16 @@ def run_script(main: Callable[[], None]) -> None:
         if dist.is_initialized():
             dist.barrier()  # leave together: a process that waits for one that has left may wait forever
     except (ValueError, OSError) as error:
-        # An error in a loader's worker arrives as a whole traceback, whose last line is "Type: message".
-        message = (str(error).strip() or repr(error)).splitlines()[-1]
-        print(f"error: {message.removeprefix(type(error).__name__ + ': ')}", file=sys.stderr)
+        # An error in a loader's worker arrives as a whole traceback, which ends with "Type: message".
+        message = (str(error).strip() or repr(error)).rpartition(f"\n{type(error).__name__}: ")[2]
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, RuntimeError) as error:
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise  # (torch.save turns Ctrl-C into a RuntimeError)
-        print("interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            why = f": {error}" if isinstance(error, KeyboardInterrupt) and error.args else ""
+            print(f"interrupted{why}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

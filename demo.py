@@ -154,7 +154,7 @@ def main() -> None:
 mIoU {checkpoint["best"]:.1f} on {len(val_set)} drawings that were not used for training. The demo wrote
   {out}/data      the drawings and their masks, in ADE20K's layout
   {out}/best.pt   the trained model: weights, settings and class names
-  {out}/pictures  image, ground truth, prediction, and score maps: cosine similarity of pixels and a class name, Eq. (2)
+  {out}/pictures  the drawings that agree most with the truth: image, truth, prediction and score maps, Eq. (2)
 Next
   python eval.py --checkpoint {out}/best.pt --multi-scale
   python predict.py {out}/data/images/validation --checkpoint {out}/best.pt --score-maps all

@@ -33,18 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_model import (
-    ARCHITECTURES,
-    IGNORE_INDEX,
-    Architecture,
-    ResNet,
-    TextEncoder,
-    VisionTransformer,
-    load_weights,
-    read_architecture,
-    read_weights,
-    resize_positions,
-)
+import clip_model
+from clip_model import ARCHITECTURES, IGNORE_INDEX, Architecture, ResNet, TextEncoder, VisionTransformer, attention
 from heads import FPN, FCNHead, SemanticFPNHead, UperNetHead, resize
 
 # ------------------------------------------------------------------------------------------------ the method
@@ -297,9 +287,7 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """queries: (B, K, width); memory: (B, M, width); return: (B, K, width)."""
         q, k, v = self.q_proj(queries), self.k_proj(memory), self.v_proj(memory)  # (B, K or M, width)
-        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, K or M, w / heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, K, w / heads)
-        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))  # (B, K, width)
+        return self.dropout(self.proj(attention(q, k, v, self.heads)))  # (B, K, width)
 
 
 class DecoderLayer(nn.Module):
@@ -557,15 +545,15 @@ def check_class_names(class_names: list[str], number: int = 0) -> None:
 
 def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> None:
     """Load CLIP's text encoder, and its image encoder with positional embeddings resized, unless it was replaced."""
-    weights = read_weights(clip)
-    found = read_architecture(weights, clip)
+    weights = clip_model.read_weights(clip)
+    found = clip_model.read_architecture(weights, clip)
     for field in ("layers", "width", "patch_size", "embed_dim", "text_width", "text_layers"):
         theirs, ours = getattr(found, field), getattr(expected, field)
         if theirs != ours:
             raise ValueError(f"{clip}: weights of another architecture: {field} is {theirs}, the model expects {ours}")
     if isinstance(encoder, LanguageGuidedEncoder):
         text = {key: value for key, value in weights.items() if not key.startswith(("visual.", "logit_scale"))}
-        load_weights(encoder.text_encoder, text, clip)
+        clip_model.load_weights(encoder.text_encoder, text, clip)
     if not isinstance(encoder.backbone, (ResNet, VisionTransformer)):
         return
     state = encoder.backbone.state_dict()
@@ -573,11 +561,11 @@ def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> 
     for key in ("positional_embedding", "attnpool.positional_embedding"):
         if key in visual and key in state:
             grid = round((len(state[key]) - 1) ** 0.5)
-            visual[key] = resize_positions(visual[key], (grid, grid))
+            visual[key] = clip_model.resize_positions(visual[key], (grid, grid))
     if isinstance(encoder, PlainEncoder):  # no projection to the text's space
         visual = {key: value for key, value in visual.items() if not key.startswith(("attnpool.", "ln_post.", "proj"))}
     new = {key: value for key, value in state.items() if key.startswith("fpn")}  # PyramidViT's, not in CLIP
-    load_weights(encoder.backbone, {**new, **visual}, clip)
+    clip_model.load_weights(encoder.backbone, {**new, **visual}, clip)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -645,7 +633,7 @@ def restore_model(checkpoint: dict, path: str | Path, build: Callable, class_nam
         model = build(checkpoint["name"], checkpoint["class_names"], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its model cannot be built: {error}") from None
-    load_weights(model, checkpoint["model"], str(path))
+    clip_model.load_weights(model, checkpoint["model"], str(path))
     if class_names is not None:
         model.encoder.set_class_names(class_names)
     return model.eval()

@@ -25,12 +25,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 import coco
 from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
-from data import default_colors, run_script, to_rgb
+from data import default_colors, look_at_all, run_script, to_rgb
 from denseclip import read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
-from eval import start_process, write_scores
+from eval import start_process, this_process, write_scores
 from predict import check_outputs, find_images, for_each_image, open_photo
-from train import Recipe, add_options, fetch_weights, find_run, initial_weights, parse_settings, positive, train
+from train import Recipe, add_options, choose_model, find_run, parse_settings, positive, start_model, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
 RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1)
@@ -39,25 +39,22 @@ RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="s
 def train_detector(args: argparse.Namespace) -> None:
     if args.train and not args.val:
         raise ValueError("--train also needs --val: a folder of images and a JSON file to score the model on")
-    args.model = args.model or next(iter(PRESETS))
-    resume, plain = find_run(args.out, args.resume), args.prompting == "none"
-    options = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(args.set)
-    limits, load_masks = detection_limits(args.short_side), args.model.startswith("mask")
+    resume = find_run(args.out, args.resume)
     train_files = args.train or find_coco(args.data, "train")
     val_files = args.val or find_coco(args.data, "val")
+    settings = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(
+        args.set
+    )
+    name, settings, saved = choose_model(PRESETS, args.model, args.init, settings)
+    limits, load_masks = detection_limits(settings.get("short_side", 800)), name.startswith("mask")
     train_set = CocoDetection(*train_files, DetectionTransform(limits, flip=0.5), load_masks=load_masks, train=True)
     names = train_set.class_names
     val_set = CocoDetection(*val_files, DetectionTransform(limits), names, load_masks=load_masks)
+    chosen = {name: getattr(args, name) for name in ("init", "clip", "backbone_weights", "seed", "device")}
+    preset = PRESETS[name].encoder
+    model, weights, device = start_model(build_model, name, preset, names, settings, saved, resume, **chosen)
 
-    weights = initial_weights(PRESETS[args.model].encoder, args.clip, args.backbone, args.backbone_weights, plain)
-    if not resume:  # a resumed run has its own weights
-        fetch_weights(args.backbone, **weights)
-    rank, world, device = start_process(args.device)
-    torch.manual_seed(args.seed)  # the same initial weights in every process
-    if rank == 0 and not resume:  # one process reads weights, the others get its parameters
-        options |= weights
-    model = build_model(args.model, names, **options)
-
+    rank, world = this_process()
     epoch = train_set.sampler(args.batch_size, 0, 0, 1, 0).size  # images
     lr = (2e-4 if load_masks else 1e-4) if args.lr is None else args.lr  # the paper's
     known = {"iterations": args.iterations or 12 * epoch // args.batch_size, "lr": lr, **weights}
@@ -65,6 +62,8 @@ def train_detector(args: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{train_set.summary()}\n{val_set.summary()}\n{model.name}, {world} x {device}")
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
+        if args.check and not resume:
+            look_at_all(val_set.__getitem__, len(val_set), "looking at validation images", args.workers)
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
     loop |= {"score": "box_ap", "data": {"val": [str(Path(path).resolve()) for path in val_files]}}
     evaluate_model = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
@@ -180,12 +179,12 @@ def main() -> None:
     fit = "fit images in (5/3 of this, this) (default: 800 to train, then as in training)"
     short = {"type": positive, "metavar": "PIXELS", "help": fit}
 
-    add_options(training, PRESETS, RECIPE, "runs/detector")
-    option = training.add_argument_group("data").add_argument
-    option("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
-    option("--train", **files)
-    option("--val", **files)
-    option("--short-side", **short, default=800)
+    first = training.add_argument_group("what most runs need").add_argument
+    first("--train", **files)
+    first("--val", **files)
+    first("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
+    add_options(training, first, PRESETS, RECIPE, "runs/detector")
+    training.add_argument("--short-side", **short)
 
     option = scoring.add_argument
     option("--data", metavar="ROOT", help="data set (default: training's validation set, or data/coco)")

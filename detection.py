@@ -117,15 +117,18 @@ def batch_images(images: list[Tensor]) -> ImageList:
 
 
 def check_targets(images: list[Tensor], targets: Targets, needs_masks: bool) -> None:
-    """Checks shapes. coco.py checks the values: reading them here would synchronize with the GPU."""
+    """Checks keys, shapes and dtypes. coco.py checks the values: reading them here would synchronize with the GPU."""
     if targets is None or len(targets) != len(images):
         raise ValueError("training needs targets, one dictionary per image; call model.eval() for detections")
     for image, target in zip(images, targets, strict=True):
-        number = len(target["labels"])
-        shapes = {"boxes": (number, 4)} | ({"masks": (number, *image.shape[1:])} if needs_masks else {})
-        for name, shape in shapes.items():
-            if target[name].shape != shape:
-                raise ValueError(f"{name} must be {shape} for {number} labels, got {tuple(target[name].shape)}")
+        if missing := {"boxes", "labels", *(["masks"] if needs_masks else [])} - target.keys():
+            raise ValueError(f"targets need {' and '.join(sorted(missing))}")
+        boxes, labels, size = target["boxes"], target["labels"], (len(target["labels"]), *image.shape[1:])
+        if boxes.shape != (len(labels), 4) or not boxes.is_floating_point() or labels.dtype != torch.int64:
+            got = f"{tuple(boxes.shape)} {boxes.dtype} and {tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"boxes must be (N, 4) float and labels (N,) int64, got {got}")
+        if needs_masks and target["masks"].shape != size:
+            raise ValueError(f"masks must be (N, H, W) = {size}, got {tuple(target['masks'].shape)}")
 
 
 def box_text_loss(logits: Tensor, targets: list[Instances], size: Size) -> Tensor:

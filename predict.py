@@ -140,7 +140,7 @@ class Predictor:
     checkpoint:  of train.py; or instead clip: CLIP's weights by name or file, for zero-shot prediction
     class_names: other classes than the checkpoint's, any number, "|" between the names of one class. The head knows
                  only its own classes, so the labels then come from the score maps
-    dense:       with clip: "z" or "value", see `zero_shot_model`
+    dense:       with clip: "z" or "value" (the default), see `zero_shot_model`
     short_side:  pixels; images are resized to fit (2048, short_side). Default: as in training
     multi_scale: labels and probabilities are averaged over six scales, each also flipped
     precision:   "fp32" or "bf16"
@@ -152,7 +152,7 @@ class Predictor:
         checkpoint: str | Path | None = None,
         class_names: list[str] | None = None,
         clip: str | None = None,
-        dense: str = "value",
+        dense: str | None = None,
         short_side: int | None = None,
         multi_scale: bool = False,
         device: str | torch.device | None = None,
@@ -161,11 +161,13 @@ class Predictor:
     ):
         if (checkpoint is None) == (clip is None):
             raise ValueError("expected either a checkpoint or CLIP's weights, by name or file")
+        if checkpoint is None and backbone or clip is None and dense:
+            raise ValueError("--dense is for CLIP alone, --backbone for a checkpoint whose backbone is your own")
         if short_side is not None and not 32 <= short_side <= 8192:
             raise ValueError(f"short_side is {short_side}, it must be from 32 to 8192 pixels")
         self.colors, self.reduce_zero_label, self.source = None, False, checkpoint or clip
         if clip is not None:
-            self.model = self.scores = zero_shot_model(clip, class_names, dense)
+            self.model = self.scores = zero_shot_model(clip, class_names, dense or "value")
         else:
             saved = read_checkpoint(checkpoint)
             self.model = restore_model(saved, checkpoint, build_model, backbone=backbone)
@@ -438,7 +440,7 @@ def main() -> None:
     option("--clip", metavar="NAME", help="instead of a checkpoint: CLIP alone, RN50, ViT-B/16 or another name or file")
     names = 'class names with commas between them, "|" between names of one class; or a list in classes/, or a file'
     option("--classes", metavar="NAMES", help=f"{names} (default: the checkpoint's)")
-    option("--dense", choices=("z", "value"), default="value", help="with --clip: Eq. (1)'s z or MaskCLIP's value")
+    option("--dense", choices=("z", "value"), help="with --clip: Eq. (1)'s z, or MaskCLIP's value (default: value)")
     option("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: %(default)s")
     option("--score-maps", nargs="+", default=[], metavar="NAME", help="classes to write score maps of, or all")
     option("--sheet", action="store_true", help="also write everything side by side; by default five score maps")
@@ -481,7 +483,9 @@ def main() -> None:
         pictures = draw_pictures(predictor, open_photo(path), shown, args.sheet)
         for file, save in zip(files[path], pictures, strict=True):
             if args.overwrite or not file.exists():
-                save(file)
+                part = file.with_name(f".{file.name}")  # nothing half-written gets the picture's name
+                save(part)
+                os.replace(part, file)
 
     failed = for_each_image(todo, work)
     kept = f"{len(paths) - len(todo)} kept as they were"

@@ -3,37 +3,47 @@
     python train.py --data data/ADEChallengeData2016 --out runs/rn50      # one GPU (--accumulate 4 if memory is short)
     torchrun --standalone --nproc_per_node 8 train.py --out runs/rn50     # eight GPUs, the same global batch
     python train.py --model tiny --train IMAGES MASKS --val IMAGES MASKS --classes LIST --out runs/mine
+    ... --init runs/rn50/best.pt                                          # start from a trained model, other classes
     ... --resume                                                          # continue from last.pt, exactly
 
-Writes to --out: last.pt (to resume from), best.pt (highest validation mIoU; all that eval.py needs) and log.jsonl (one
-JSON object per line; the first has the command, versions and recipe).
+Writes to --out: last.pt (to resume from, also saved after Ctrl-C or SIGTERM), best.pt (highest validation mIoU; all
+that eval.py needs) and log.jsonl (one JSON object per line; the first has the command, versions and recipe).
 """
 
 import argparse
 import contextlib
-import copy
+import importlib.metadata
 import json
 import os
+import shlex
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backbones import load_torchvision
 from clip_model import ARCHITECTURES, IGNORE_INDEX, find_weights
-from data import SegmentationDataset, TrainTransform, find_split, is_ade20k, read_classes, run_script
+from data import (
+    SegmentationDataset,
+    TrainTransform,
+    check_data,
+    class_lists,
+    find_split,
+    is_ade20k,
+    read_classes,
+    run_script,
+)
 from denseclip import PRESETS, PROMPTING, Preset, Settings, build_model, read_checkpoint, save_checkpoint
 from eval import check_classes, evaluate, format_table, start_process, this_process, to_json
 
@@ -42,6 +52,7 @@ from eval import check_classes, evaluate, format_table, start_process, this_proc
 class Recipe:
     """Everything that determines the trained weights; the defaults are the paper's. --resume insists on it."""
 
+    init: str | None = None  # checkpoint with the initial weights
     clip: str | None = None  # CLIP's initial weights, see `clip_model.load_clip`; None: random
     backbone_weights: str | None = None  # of a backbone that is not CLIP's
     iterations: int = 80_000
@@ -94,6 +105,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     return list(groups.values())
 
 
+def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    groups = parameter_groups(model, recipe)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
+
+
 def learning_rate(iteration: int, base: float, recipe: Recipe) -> float:
     """The learning rate at an iteration, counted from 0, of a group whose peak rate is `base`.
 
@@ -125,7 +143,7 @@ def train(
     accumulate: int = 1,
     workers: int = 4,
     eval_every: int = 8_000,
-    save_every: int = 1_000,
+    save_every: int | None = None,
     log_every: int = 50,
     resume: Path | None = None,
     data: dict | None = None,
@@ -134,7 +152,8 @@ def train(
 
     model(images, labels) in train mode must return a dict of losses; their sum is minimized. `train_set` brings its own
     sampler and collate function. `data` is kept in the checkpoints: colors and validation set, for those who read them.
-    evaluate_model(model) returns scores, of which `score` decides what best.pt is.
+    evaluate_model(model) returns scores, of which `score` decides what best.pt is. save_every: 1,000 iterations by
+    default, but at most a tenth of the run. Ctrl-C and SIGTERM save and raise KeyboardInterrupt.
     Every process of torchrun calls this with the same arguments; they split each batch.
     """
     rank, world = this_process()
@@ -146,39 +165,36 @@ def train(
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()  # the layout that convolutions prefer
-    groups = parameter_groups(model, recipe)
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
+    optimizer = build_optimizer(model, recipe)
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
     start, best = restore_run(resume, out, model, optimizer, run) if resume else (0, -1.0)
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
-    record = {"command": sys.argv, "versions": versions, "device": str(device), "processes": world}
-    write_log(out, {**record, "accumulate": accumulate, "class_names": model.class_names, "run": run})
-    network = in_parallel(model, train_set, device) if world > 1 else model  # what is called
+    start_log(out, run, model.class_names, device, accumulate, new=resume is None)
+    network = in_parallel(model) if world > 1 else model  # what is called
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     # samples: order and augmentation depend on the seed and the number drawn before, so a resumed run sees the rest
     sampler = train_set.sampler(recipe.batch_size, recipe.seed, rank, world, start * recipe.batch_size)
     micro_batch, pinned, own = recipe.batch_size // (world * accumulate), device.type == "cuda", torch.Generator()
     options = {"num_workers": workers, "collate_fn": train_set.collate, "pin_memory": pinned, "generator": own}
-    batches = iter(DataLoader(train_set, micro_batch, sampler=sampler, **options))
+    batches = iter(DataLoader(train_set, micro_batch, sampler=sampler, worker_init_fn=leave_group, **options))
 
+    save_every = save_every or min(1_000, -(-recipe.iterations // 10))
     steps, metrics, clock = [], {}, time.perf_counter()  # steps since the last log line: (iteration, losses, files)
     bar = tqdm(desc="training", total=recipe.iterations, initial=start, disable=rank > 0 or None)
-    for iteration in range(start, recipe.iterations + 1):  # the last round only saves and evaluates
+    for iteration, stopping in until_stopped(start, recipe.iterations):  # the last round only saves and evaluates
         evaluating = iteration > 0 and (iteration % eval_every == 0 or iteration == recipe.iterations)
 
         # once in a while: save
         paused = time.perf_counter()
-        if iteration > start and (evaluating or iteration % save_every == 0):
+        if iteration > start and (evaluating or stopping or iteration % save_every == 0):
             mean_losses(steps)  # waits for the GPU, and raises if a loss is not finite
             states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device)}
             if rank == 0:
                 save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, data=data or {}, **states)
+        if stopping:
+            how = f"saved at iteration {iteration}; the same command with --resume continues there"
+            raise KeyboardInterrupt(how if iteration > start else "")
 
         # once in a while: evaluate and keep the best model (after saving, as this may fail; a resumed run repeats it)
         if evaluating:
@@ -233,15 +249,42 @@ def train(
     return metrics
 
 
-def in_parallel(model: nn.Module, train_set: Dataset, device: torch.device) -> nn.Module:
-    """The model under DistributedDataParallel, which must know of parameters without a gradient: tried on a copy."""
-    images, labels, _ = to_device(train_set.collate([train_set[0, 0]] * 2), device)
-    copied = copy.deepcopy(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        sum(copied(images, labels).values()).backward()
-    unused = any(parameter.requires_grad and parameter.grad is None for parameter in copied.parameters())
+def in_parallel(model: nn.Module) -> nn.Module:
+    """The model under DistributedDataParallel. Backbones other than CLIP's may have parameters without a gradient."""
+    other = model.settings.backbone is not None
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers has a new name
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other)
+
+
+def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
+    """start, ..., end, each with whether to save and stop: after Ctrl-C, or a scheduler's SIGTERM, in any process.
+
+    A second signal raises KeyboardInterrupt at once.
+    """
+    asked = torch.zeros(1)
+
+    def note(*_) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.fill_(1)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # does not wait for the GPU
+    try:
+        for iteration in range(start, end + 1):
+            stopping = asked.clone()
+            if group is not None:
+                dist.all_reduce(stopping, dist.ReduceOp.MAX, group=group)
+            yield iteration, bool(stopping)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def leave_group(_: int) -> None:
+    """Of a loader's worker: signals to the run's process group, such as Ctrl-C, shall not end it before the save."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[str, float]:
@@ -276,19 +319,28 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path} holds no optimizer state; --resume needs the last.pt that training wrote")
     check_classes(path, checkpoint["class_names"], "the data", model.class_names)
-    there = checkpoint["run"]
-    if differences := [f"{k} {there.get(k)!r} there, {run[k]!r} here" for k in run if there.get(k) != run[k]]:
+    there, done, end = checkpoint["run"], checkpoint["iteration"], run["iterations"]
+    differences = [k for k in run if there.get(k) != run[k] and not (k == "iterations" and there[k] < run[k])]
+    if differences:
+        what = "; ".join(f"{k} {there.get(k)!r} there, {run[k]!r} here" for k in differences)
         how = "repeat that run's options, or start a new run with another --out"
-        raise ValueError(f"{path} belongs to another run: {'; '.join(differences)}; {how}")
+        raise ValueError(f"{path} belongs to another run: {what}; {how}")
+    if rank == 0 and there["iterations"] < end:
+        print(f"a run of {there['iterations']} iterations becomes one of {end}, with the longer run's learning rates")
+    if rank == 0 and done == end:
+        print(f"{path}: already finished, only evaluated again; a larger --iterations would continue the run")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     states, device = checkpoint["random_states"], next(model.parameters()).device
-    if len(states) == world:  # with another number of processes: same schedule and samples, other dropout
+    if len(states) == world:
         torch.set_rng_state(states[rank]["cpu"])
         if device.type == "cuda" and "cuda" in states[rank]:
             torch.cuda.set_rng_state(states[rank]["cuda"], device)
-    best = out / "best.pt"
-    return checkpoint["iteration"], read_checkpoint(best).get("best", -1.0) if best.is_file() else -1.0
+    elif rank == 0:
+        print(f"{path} is from {len(states)} processes, now {world}: same schedule and samples, dropout is reseeded")
+    best = path.with_name("best.pt")
+    same = best.is_file() and path.resolve().parent == out.resolve()
+    return done, read_checkpoint(best).get("best", -1.0) if same else -1.0
 
 
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
@@ -300,6 +352,18 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
     if dist.is_initialized():
         dist.all_gather_object(states, state)
     return states
+
+
+def start_log(out: Path, run: dict, class_names: list[str], device: torch.device, accumulate: int, new: bool) -> None:
+    """The first line of a log: what is needed to repeat it. A new run removes the log of one that saved nothing."""
+    out.mkdir(parents=True, exist_ok=True)
+    if new and this_process()[0] == 0:
+        (out / "log.jsonl").unlink(missing_ok=True)
+    versions = {"python": sys.version.split()[0]}
+    versions |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    record = {"command": shlex.join(sys.argv), "versions": versions, "device": str(device)}
+    record |= {"processes": this_process()[1], "accumulate": accumulate}
+    write_log(out, {**record, "class_names": class_names, "run": run})
 
 
 def write_log(out: Path, record: dict) -> None:
@@ -315,36 +379,44 @@ OTHERS = ("prompting", "backbone", "short_side", "stored_text")  # not by --set:
 SETTABLE = {field.name: field.type for field in fields(Settings) if field.name not in OTHERS}
 
 
-def add_options(parser: argparse.ArgumentParser, models: Iterable[str], recipe: Recipe, out: str) -> None:
-    """Options of model, recipe and run, which train.py and detect.py share; `recipe` holds the defaults."""
+def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, recipe: Recipe, out: str) -> None:
+    """Options of model, recipe and run, which train.py and detect.py share; `recipe` holds the defaults.
+
+    first: add_argument of the group that --help begins with
+    """
     d = "(default: %(default)s)"
-    option = parser.add_argument_group("model").add_argument
     default = next(iter(models)) + ("; with --backbone, the text encoder of vitb16" if "vitb16" in models else "")
-    option("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
+    first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
+    first("--out", type=Path, default=Path(out), metavar="DIR", help=d)
+    option = parser.add_argument_group("model").add_argument
+    option("--init", metavar="PATH", help="start from this checkpoint: its model, and its weights as far as they fit")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
-    option("--prompting", choices=PROMPTING, default="post", help=f"where the text comes from; none: baseline {d}")
+    option("--prompting", choices=PROMPTING, help="where the text comes from; none: baseline (default: post)")
     option("--backbone", metavar="NAME", help="instead of CLIP's: resnet50, swin_t, ..., or package.module:function")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
     names = "see denseclip.Settings: " + ", ".join(SETTABLE)
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
-    zeros = "--text-lr-multiplier 0 freezes the text encoder, --clip-grad 0 turns clipping off"
-    option = parser.add_argument_group("recipe", zeros).add_argument
+    option = parser.add_argument_group("recipe").add_argument
     option("--iterations", type=positive, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
     option("--batch-size", type=positive, default=recipe.batch_size, help=f"per iteration, over all processes {d}")
     option("--optimizer", choices=("adamw", "sgd"), default=recipe.optimizer, help=d)
     option("--lr", type=float, default=recipe.lr, help=f"peak rate {d}" if recipe.lr else "(the paper's)")
+    option("--weight-decay", type=float, default=recipe.weight_decay, help=d)
+    option("--backbone-lr-multiplier", type=float, default=recipe.backbone_lr_multiplier, metavar="X", help=d)
+    option("--text-lr-multiplier", type=float, default=0.0, metavar="X", help="(default: 0, frozen)")
+    option("--warmup", type=int, default=recipe.warmup, metavar="ITERATIONS", help=d)
+    option("--clip-grad", type=float, default=recipe.clip_grad, metavar="NORM", help=f"0: no clipping {d}")
     option("--precision", choices=["fp32", "bf16"], default=recipe.precision, help=d)
-    for name in ("weight_decay", "backbone_lr_multiplier", "text_lr_multiplier", "warmup", "clip_grad", "seed"):
-        default = getattr(recipe, name)
-        option("--" + name.replace("_", "-"), type=type(default), default=default, metavar="X", help=d)
+    option("--seed", type=int, default=recipe.seed, help=d)
     option = parser.add_argument_group("run").add_argument
-    option("--out", type=Path, default=Path(out), metavar="DIR", help=d)
     option("--resume", nargs="?", const="", metavar="PATH", help="continue from last.pt in --out, or from PATH")
     option("--accumulate", type=positive, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
-    for name, every in (("--eval-every", 8_000), ("--save-every", 1_000), ("--log-every", 50)):
-        option(name, type=positive, default=every, metavar="ITERATIONS", help=d)
+    option("--eval-every", type=positive, default=8_000, metavar="ITERATIONS", help=d)
+    option("--save-every", type=positive, metavar="ITERATIONS", help="(default: 1000, at most a tenth of the run)")
+    option("--log-every", type=positive, default=50, metavar="ITERATIONS", help=d)
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help=f"loader processes per process {d}")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
+    option("--no-check", dest="check", action="store_false", help="do not look at all masks and validation files first")
 
 
 def positive(text: str) -> int:
@@ -364,23 +436,86 @@ def find_run(out: Path, resume: str | None) -> Path | None:
     return path
 
 
-def initial_weights(preset: Preset, clip: str | None, backbone: str | None, weights: str | None, plain: bool) -> dict:
-    """The weights that a run begins with: names or files, None for random or unused ones. plain: without language."""
+def choose_model(presets: Iterable[str], model: str | None, init: str | None, settings: dict) -> tuple[str, dict, dict]:
+    """The model's name and settings from the options of the same names, and what --init holds, if given."""
+    saved = read_checkpoint(init) if init else {}
+    if init and model not in (None, saved["name"]):
+        raise ValueError(f"--init {init}: it holds {saved['name']}, so --model {model} cannot start from it")
+    settings = saved.get("settings", {}) | {name: value for name, value in settings.items() if value is not None}
+    if settings.get("stored_text"):
+        raise ValueError(f"--init {init}: freeze_text dropped its text encoder; give the checkpoint it was made from")
+    # Released code: a backbone that is not CLIP's gets the text encoder of ViT-B/16
+    default = "vitb16" if settings.get("backbone") and "vitb16" in presets else next(iter(presets))
+    return model or saved.get("name", default), settings, saved
+
+
+def start_model(
+    build, name, preset, class_names, settings, saved, resume, *, init, clip, backbone_weights, seed, device
+):
+    """The model that training starts from, what a `Recipe` says of its weights, and this process's device.
+
+    build: build_model, of denseclip.py or detection.py; name, settings, saved: from `choose_model`; preset: the name's;
+    the others are the options of the same names
+    """
+    if not init:
+        plain, backbone = settings.get("prompting") == "none", settings.get("backbone")
+        clip, backbone_weights = initial_weights(preset, clip, backbone, backbone_weights, plain)
+        if not resume:  # before the processes join, since a download may outlast the process group's timeout
+            fetch_weights(clip, backbone, backbone_weights)
+    elif clip or backbone_weights:
+        raise ValueError(f"--init {init} has all weights: leave out --clip and --backbone-weights")
+    rank, _, device = start_process(device)
+    torch.manual_seed(seed)  # the same initial weights in every process
+    here = rank == 0 and not resume  # one process reads weights, the others get its parameters
+    weights = {"clip": clip, "backbone_weights": backbone_weights}
+    model = build(name, class_names, **settings, **(weights if here else {}))
+    if here and init:
+        print(f"{init}: {load_fitting(model, saved['model'], init)}")
+    return model, {"init": init, **weights}, device
+
+
+def initial_weights(preset: Preset, clip: str | None, backbone: str | None, weights: str | None, plain: bool) -> tuple:
+    """CLIP's and the backbone's weights: names or files, None for random or unused ones. plain: without language."""
     if weights not in (None, "none") and not backbone:
         raise ValueError(f"--backbone-weights {weights} has no effect without --backbone")
     clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
     if clip == "none" or backbone and plain:  # the latter has neither of CLIP's encoders
         clip = None
     weights = weights or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
-    return {"clip": clip, "backbone_weights": None if weights == "none" else weights}
+    return clip, None if weights == "none" else weights
 
 
-def fetch_weights(backbone: str | None, clip: str | None, backbone_weights: str | None) -> None:
-    """Download weights before the processes join, since that may outlast the process group's timeout."""
+def fetch_weights(clip: str | None, backbone: str | None, backbone_weights: str | None) -> None:
     if clip:
-        find_weights(clip)
+        try:
+            find_weights(clip)
+        except OSError as error:
+            raise ValueError(f"{error}; or --clip none for random weights") from None
     if backbone_weights:
+        from backbones import load_torchvision  # here, since importing torchvision takes seconds
+
         load_torchvision(backbone, backbone_weights)
+
+
+def load_fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> str:
+    """Load the weights that fit a model of other classes; return what does not and keeps its initial values.
+
+    Of convolutions that the score map joins, the part that belongs to the image's own channels fits.
+    """
+    own, encoder, anew = model.state_dict(), model.encoder, []
+    image = getattr(encoder.backbone, "channels", encoder.channels)[getattr(encoder.backbone, "score_level", -1)]
+    for name, value in own.items():
+        found = weights.get(name)
+        if found is not None and found.shape == value.shape:
+            value.copy_(found)
+        elif found is not None and found.ndim == 4 and (len(found), *found.shape[2:]) == (len(value), *value.shape[2:]):
+            value[:, :image] = found[:, :image]
+            anew.append(f"{name} (score map)")
+        else:
+            anew.append(name)
+    if len(anew) > len(own) // 2:
+        raise ValueError(f"{source}: only {len(own) - len(anew)} of the model's {len(own)} weights fit")
+    return f"{len(own) - len(anew)} of {len(own)} weights fit; new: {', '.join(anew) or 'none'}"
 
 
 def parse_settings(pairs: list[str]) -> dict:
@@ -407,12 +542,13 @@ def main() -> None:
     early.add_argument("--optimizer")
     chosen, _ = early.parse_known_args()
     recipe = SGD if chosen.optimizer == "sgd" else SWIN if chosen.backbone in ("swin_t", "swin_s") else Recipe()
-    add_options(parser, PRESETS, recipe, "runs/denseclip")
+    first = parser.add_argument_group("what most runs need").add_argument
+    first("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders (default: those of --data)")
+    first("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="likewise")
+    first("--classes", metavar="LIST", help="list in classes/ or file (default: ROOT/classes.txt, or ADE20K's)")
+    add_options(parser, first, PRESETS, recipe, "runs/denseclip")
     option = parser.add_argument_group("data").add_argument
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
-    option("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
-    option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="likewise")
-    option("--classes", metavar="LIST", help="list in classes/ or file (default: ROOT/classes.txt, or ADE20K's)")
     option("--ignore-index", type=int, default=IGNORE_INDEX, metavar="VALUE", help="mask value to ignore, besides 255")
     zero = "mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)"
     option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
@@ -420,41 +556,39 @@ def main() -> None:
     args = parser.parse_args()
     if args.train and not args.val:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
-    # Released code: a backbone that is not CLIP's gets the text encoder of ViT-B/16
-    args.model = args.model or ("vitb16" if args.backbone else "rn50")
-    resume, plain = find_run(args.out, args.resume), args.prompting == "none"
+
+    resume = find_run(args.out, args.resume)
     train_images, train_masks = args.train or find_split(args.data, "train")
     val_images, val_masks = args.val or find_split(args.data, "val")
     listed = Path(args.data) / "classes.txt"
     if args.classes is None and (args.train or not (listed.is_file() or is_ade20k(train_masks))):
-        raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, a file with one per line")
+        raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, {class_lists()}")
     class_names, colors = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
-    options = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(args.set)
-    weights = initial_weights(PRESETS[args.model], args.clip, args.backbone, args.backbone_weights, plain)
-    if not resume:  # a resumed run has its own weights
-        fetch_weights(args.backbone, **weights)
-    rank, world, device = start_process(args.device)
-    torch.backends.cudnn.benchmark = True  # all crops have the same size
-    torch.manual_seed(args.seed)  # the same initial weights in every process
-    if rank == 0 and not resume:  # one process reads weights, the others get its parameters
-        options |= weights
-    model = build_model(args.model, class_names, **options)
-
+    settings = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(
+        args.set
+    )
+    name, settings, saved = choose_model(PRESETS, args.model, args.init, settings)
+    chosen = {name: getattr(args, name) for name in ("init", "clip", "backbone_weights", "seed", "device")}
+    model, weights, device = start_model(
+        build_model, name, PRESETS[name], class_names, settings, saved, resume, **chosen
+    )
     reduce_zero_label = is_ade20k(train_masks) if args.reduce_zero_label is None else args.reduce_zero_label
-    known = {"reduce_zero_label": reduce_zero_label, **weights}
-    recipe = replace(recipe, **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
-    labels = {"ignore_index": recipe.ignore_index, "reduce_zero_label": recipe.reduce_zero_label}
+    labels = {"ignore_index": args.ignore_index, "reduce_zero_label": reduce_zero_label}
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
     train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, **labels)
     val_set = SegmentationDataset(val_images, val_masks, len(class_names), **labels)
-    val_set[0]  # finds a wrong set now, not at the first evaluation
+    given = {name: value for name, value in vars(args).items() if hasattr(Recipe, name)}
+    recipe = replace(recipe, **given | labels | weights)
 
+    rank, world = this_process()
     if rank == 0:
         print(f"{model.name}, {world} x {device}, {len(train_set)} training and {len(val_set)} validation images")
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
-        if recipe.reduce_zero_label:
+        if reduce_zero_label:
             print("mask value 0 is ignored and 1 is the first class; --no-reduce-zero-label if your classes start at 0")
+        if args.check and not resume:
+            print(check_data(train_set, val_set, class_names, args.workers))
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
     evaluate_model = partial(evaluate, dataset=val_set, device=device, workers=args.workers)
     loop |= {"data": {"colors": colors, "val": [str(Path(folder).resolve()) for folder in (val_images, val_masks)]}}

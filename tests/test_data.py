@@ -8,6 +8,7 @@ import io
 import itertools
 import random
 import sys
+import textwrap
 import threading
 import zipfile
 from pathlib import Path
@@ -288,10 +289,48 @@ def test_mask_of_another_size(tmp_path):
         SegmentationDataset(*pairs, 2, keep)[0]
 
 
-def test_color_mask(tmp_path):
+def test_color_mask(tmp_path, monkeypatch):
     pairs = folders(tmp_path, np.zeros((4, 6, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"one.png: a mask of mode RGB; convert the colors"):
+    with pytest.raises(ValueError, match=r"one.png: a mask in colors \(RGB\); masks hold class indices") as error:
         SegmentationDataset(*pairs, 2, keep)[0]
+
+    # The error's snippet converts a folder of such masks
+    colors, mask = np.array([(0, 0, 0), (200, 0, 0), (9, 9, 9)], np.uint8), np.arange(24).reshape(4, 6) % 3
+    Image.fromarray(colors[mask]).save(tmp_path / "masks" / "one.png")
+    (tmp_path / "list.txt").write_text("road\t0\t0\t0\nsky\t200\t0\t0\n")
+    snippet = textwrap.dedent(str(error.value).partition("\n")[2]).replace("LIST", "../list.txt")
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    exec(snippet, {})
+    assert np.array_equal(Image.open("masks/one.png"), np.where(mask == 2, 255, mask))
+
+
+def test_data_are_looked_at_before_training(tmp_path):
+    """check_data: each class's share, what looks wrong, and the first mask or validation image that is broken."""
+
+    def check(mask, names=("road", "sky", "car"), **conventions):
+        pairs = folders(tmp_path, np.array(mask, np.uint8))
+        train = SegmentationDataset(*pairs, len(names), keep, **conventions)
+        return data.check_data(train, SegmentationDataset(*pairs, len(names), **conventions), list(names), 2)
+
+    assert check([[0, 0, 1, 2]]) == "training pixels in %: road 50, sky 25, car 25"
+    assert check([[0, 0, 0, 1]]).endswith("warning: no training mask has car (1 of 3 classes)")
+    assert "these 1-based masks? --reduce-zero-label" in check([[1, 1, 2, 2]])
+    assert "1-based" not in check([[2, 2, 0, 3]], reduce_zero_label=True)
+    assert "warning: 95 % of the training pixels are ignored" in check([[255] * 19 + [1]])
+    with pytest.raises(ValueError, match="all pixels of the training masks are ignored .* check --ignore-index"):
+        check([[255, 255]])
+    with pytest.raises(ValueError, match="one.png: value 7 is not a class"):
+        check([[0, 7]])
+    images, masks = folders(tmp_path, np.array([[0, 1, 2]], np.uint8))
+    dataset = SegmentationDataset(images, masks, 3)
+    save(images / "one.png", np.zeros((1, 2, 3), np.uint8))
+    with pytest.raises(ValueError, match="one.png: 3 x 1 pixels, but .*one.png has 2 x 1"):
+        dataset.count_labels(0)
+    whole = (images / "one.png").read_bytes()
+    (images / "one.png").write_bytes(whole[:40])
+    with pytest.raises(ValueError, match="one.png: not readable as an image"):
+        data.look_at_all(dataset.__getitem__, 1, "looking", 1)
 
 
 # ------------------------------------------------------------------------------------------------ images

@@ -153,7 +153,8 @@ def test_bad_input_is_named(images):
     bad = {
         "training needs targets": None,
         "one dictionary per image": good[:1],
-        "for 3 labels": [{**t, "labels": torch.zeros(3, dtype=torch.int64)} for t in good],
+        "targets need labels": [{"boxes": t["boxes"], "masks": t["masks"]} for t in good],
+        "labels \\(N,\\) int64": [{**t, "labels": t["labels"].int()} for t in good],
         "boxes must be": [{**t, "boxes": t["boxes"][:, :2]} for t in good],
         "masks must be": [{**t, "masks": t["masks"][:, :5]} for t in good],
     }

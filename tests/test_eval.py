@@ -220,6 +220,7 @@ def checkpoint(tmp_path):
     return tmp_path / "best.pt"
 
 
+@pytest.mark.slow
 def test_two_processes_score_what_one_does(folders, checkpoint, tmp_path):
     command = [
         sys.executable,
@@ -306,13 +307,13 @@ def test_conventions_of_the_training_data_are_the_checkpoints(folders, tmp_path,
     run(evaluation, monkeypatch, *alone, "--save-masks", tmp_path / "saved")
     assert "on 7 images" in capsys.readouterr().out
     assert {tuple(c) for _, c in Image.open(tmp_path / "saved/0.png").convert("RGB").getcolors()} <= set(colors)
-    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES), data={"val": ["gone", "too"]})
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", NAMES, short_side=64), data={"val": ["gone", "too"]})
     assert "gone: the validation set of training is not here; give --val" in error_line(
         evaluation, capsys, monkeypatch, *alone
     )
 
     # A checkpoint that was not made by training knows nothing of masks: then ADE20K's layout decides.
-    save_checkpoint(tmp_path / "bare.pt", build_model("tiny", NAMES))
+    save_checkpoint(tmp_path / "bare.pt", build_model("tiny", NAMES, short_side=64))
     Path(masks).rename(tmp_path / "validation")
     (tmp_path / "annotations").mkdir()
     ade20k = (tmp_path / "validation").rename(tmp_path / "annotations" / "validation")
