@@ -62,14 +62,16 @@ def convert(source: Path, target: Path, class_names: list[str] | None = None, un
 
     classifier, outputs = CLASSIFIERS[task]
     num_classes = len(state_dict[classifier]) // outputs
-    class_names = class_names or list((checkpoint.get("meta") or {}).get("CLASSES") or [])
+    meta = checkpoint.get("meta") or {}
+    class_names = class_names or list(meta.get("CLASSES") or [])
     if len(class_names) != num_classes:
         raise ValueError(f"{source}: a model of {num_classes} classes, but {len(class_names)} names; give --classes")
     build = denseclip.build_model if task == "segmentation" else detection.build_model
     model = build(name, class_names, **settings)
     load_weights(model, {rename(key, task): value for key, value in state_dict.items()}, str(source))
+    data = {"colors": [tuple(map(int, color)) for color in meta.get("PALETTE") or []]}
     # The authors' segmentation models were trained on ADE20K, in whose masks 0 is ignored and 1 is the first class.
-    save_checkpoint(target, model, **{"run": {"reduce_zero_label": True}} if task == "segmentation" else {})
+    save_checkpoint(target, model, data=data, run={"reduce_zero_label": True} if task == "segmentation" else {})
     return model.eval()
 
 

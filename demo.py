@@ -3,8 +3,12 @@ DenseCLIP on them from random weights, and write pictures of what it sees. Needs
 
 import argparse
 import colorsys
+import os
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # before torch: threads that spin while waiting are slow where other jobs use the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -19,6 +19,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # before torch: threads that spin while waiting are slow where other jobs use the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -28,7 +31,7 @@ from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_d
 from data import default_colors, look_at_all, run_script, to_rgb
 from denseclip import read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
-from eval import start_process, this_process, write_scores
+from eval import start_process, this_process
 from predict import check_outputs, find_images, for_each_image, open_photo
 from train import Recipe, add_options, choose_model, find_run, parse_settings, positive, start_model, train
 
@@ -89,8 +92,6 @@ def score_detector(args: argparse.Namespace) -> None:
     metrics = evaluate_detection(model, dataset, device, save_results=args.save_results, workers=args.workers)
     if rank == 0:
         print(f"{format_ap_table(metrics, names)}\n\nbox AP {metrics['box_ap']:.2f} on {len(dataset)} images")
-        if args.json:
-            write_scores(args.json, len(dataset), names, metrics)
 
 
 @torch.no_grad()
@@ -190,7 +191,6 @@ def main() -> None:
     option("--data", metavar="ROOT", help="data set (default: training's validation set, or data/coco)")
     option("--val", **files)
     option("--save-results", type=Path, metavar="FILE", help="write the detections there, in COCO's JSON format")
-    option("--json", type=Path, metavar="FILE", help="write the scores there")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")
 
     option = predicting.add_argument

@@ -11,7 +11,6 @@ windows, resize them to the image's original size, softmax. train.py calls `eval
 """
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clip_model import IGNORE_INDEX
-from data import SegmentationDataset, default_colors, find_split, is_ade20k, read_classes, resize_to_fit, run_script
+from data import SegmentationDataset, default_colors, find_split, is_ade20k, resize_to_fit, run_script
 from denseclip import build_model, read_checkpoint, restore_model
 from heads import resize
 
@@ -241,20 +240,6 @@ def this_process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def check_classes(checkpoint: str | Path, names: list[str], listed_in: str, listed: list[str]) -> None:
-    """A ValueError unless the class list that the user gave is the checkpoint's."""
-    if names != listed:
-        first = next((f" (first: {a!r} and {b!r})" for a, b in zip(names, listed, strict=False) if a != b), "")
-        counts = f"{checkpoint} has {len(names)} classes and {listed_in} has {len(listed)}"
-        raise ValueError(f"{counts}, which differ{first}; give the list it was trained with, or none")
-
-
-def write_scores(path: Path, images: int, class_names: list[str], metrics: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scores = {"images": images, "class_names": class_names, **to_json(metrics)}
-    path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", "python eval.py [options]", __doc__, formatter_class=raw)
@@ -263,14 +248,12 @@ def main() -> None:
     option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
     option("--data", metavar="ROOT", help="data set (default: training's validation set, or ADE20K in data/)")
     option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
-    option("--classes", metavar="LIST", help="a list in classes/ or a file with the checkpoint's classes; gives colors")
     option("--ignore-index", type=int, metavar="VALUE", help="mask value to ignore (default: as in training)")
     zero = "mask value 0 is ignored, 1 is the first class (default: as in training)"
     option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
     option("--multi-scale", action="store_true", help="scales 0.5 to 1.75, each also flipped")
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: as in training)")
     option("--save-masks", metavar="DIR", help="write the predicted masks there, as palette PNGs of class indices")
-    option("--json", type=Path, metavar="FILE", help="write the scores there")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
@@ -281,9 +264,6 @@ def main() -> None:
     names = model.class_names
     known = checkpoint.get("data", {})  # of the data set in training
     colors = known.get("colors") or default_colors(len(names))
-    if args.classes:
-        listed, colors = read_classes(args.classes)
-        check_classes(args.checkpoint, names, args.classes, listed)
     folders = args.val or (None if args.data else known.get("val"))
     images, masks = folders or find_split(args.data or "data/ADEChallengeData2016", "val")
     if not args.val and not Path(images).is_dir():
@@ -296,8 +276,6 @@ def main() -> None:
     metrics = evaluate(model, dataset, device, **options, save_masks=args.save_masks, colors=colors)
     if rank == 0:
         print(f"{format_table(metrics, names)}\n\nmIoU {metrics['miou']:.2f} on {len(dataset)} images of {images}")
-        if args.json:
-            write_scores(args.json, len(dataset), names, metrics)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # before torch: threads that spin while waiting are slow where other jobs use the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -45,7 +48,7 @@ from data import (
     run_script,
 )
 from denseclip import PRESETS, PROMPTING, Preset, Settings, build_model, read_checkpoint, save_checkpoint
-from eval import check_classes, evaluate, format_table, start_process, this_process, to_json
+from eval import evaluate, format_table, start_process, this_process, to_json
 
 
 @dataclass
@@ -167,9 +170,10 @@ def train(
     model.to(device, memory_format=torch.channels_last).train()  # the layout that convolutions prefer
     optimizer = build_optimizer(model, recipe)
     torch.manual_seed(recipe.seed + rank)
-    run = {"model": model.name, **asdict(model.settings), **asdict(recipe), "images": len(train_set)}
+    run = {"model": model.name, "class_names": model.class_names, "images": len(train_set)}
+    run |= asdict(model.settings) | asdict(recipe)
     start, best = restore_run(resume, out, model, optimizer, run) if resume else (0, -1.0)
-    start_log(out, run, model.class_names, device, accumulate, new=resume is None)
+    start_log(out, run, device, accumulate, new=resume is None)
     network = in_parallel(model) if world > 1 else model  # what is called
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
@@ -318,11 +322,10 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
     checkpoint, (rank, world) = read_checkpoint(path), this_process()
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path} holds no optimizer state; --resume needs the last.pt that training wrote")
-    check_classes(path, checkpoint["class_names"], "the data", model.class_names)
     there, done, end = checkpoint["run"], checkpoint["iteration"], run["iterations"]
     differences = [k for k in run if there.get(k) != run[k] and not (k == "iterations" and there[k] < run[k])]
     if differences:
-        what = "; ".join(f"{k} {there.get(k)!r} there, {run[k]!r} here" for k in differences)
+        what = "; ".join(f"{k} {there.get(k)!r:.80} there, {run[k]!r:.80} here" for k in differences)
         how = "repeat that run's options, or start a new run with another --out"
         raise ValueError(f"{path} belongs to another run: {what}; {how}")
     if rank == 0 and there["iterations"] < end:
@@ -354,7 +357,7 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
     return states
 
 
-def start_log(out: Path, run: dict, class_names: list[str], device: torch.device, accumulate: int, new: bool) -> None:
+def start_log(out: Path, run: dict, device: torch.device, accumulate: int, new: bool) -> None:
     """The first line of a log: what is needed to repeat it. A new run removes the log of one that saved nothing."""
     out.mkdir(parents=True, exist_ok=True)
     if new and this_process()[0] == 0:
@@ -362,8 +365,7 @@ def start_log(out: Path, run: dict, class_names: list[str], device: torch.device
     versions = {"python": sys.version.split()[0]}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
     record = {"command": shlex.join(sys.argv), "versions": versions, "device": str(device)}
-    record |= {"processes": this_process()[1], "accumulate": accumulate}
-    write_log(out, {**record, "class_names": class_names, "run": run})
+    write_log(out, {**record, "processes": this_process()[1], "accumulate": accumulate, "run": run})
 
 
 def write_log(out: Path, record: dict) -> None:
@@ -457,13 +459,12 @@ def start_model(
     build: build_model, of denseclip.py or detection.py; name, settings, saved: from `choose_model`; preset: the name's;
     the others are the options of the same names
     """
-    if not init:
-        plain, backbone = settings.get("prompting") == "none", settings.get("backbone")
-        clip, backbone_weights = initial_weights(preset, clip, backbone, backbone_weights, plain)
-        if not resume:  # before the processes join, since a download may outlast the process group's timeout
-            fetch_weights(clip, backbone, backbone_weights)
-    elif clip or backbone_weights:
+    if init and (clip or backbone_weights):
         raise ValueError(f"--init {init} has all weights: leave out --clip and --backbone-weights")
+    if not init:
+        clip, backbone_weights = initial_weights(preset, settings, clip, backbone_weights)
+    if not resume:  # before the processes join, since a download may outlast the process group's timeout
+        fetch_weights(clip, settings.get("backbone"), backbone_weights)
     rank, _, device = start_process(device)
     torch.manual_seed(seed)  # the same initial weights in every process
     here = rank == 0 and not resume  # one process reads weights, the others get its parameters
@@ -474,12 +475,13 @@ def start_model(
     return model, {"init": init, **weights}, device
 
 
-def initial_weights(preset: Preset, clip: str | None, backbone: str | None, weights: str | None, plain: bool) -> tuple:
-    """CLIP's and the backbone's weights: names or files, None for random or unused ones. plain: without language."""
+def initial_weights(preset: Preset, settings: dict, clip: str | None, weights: str | None) -> tuple:
+    """CLIP's and the backbone's weights: names or files, None for random or unused ones."""
+    backbone = settings.get("backbone")
     if weights not in (None, "none") and not backbone:
         raise ValueError(f"--backbone-weights {weights} has no effect without --backbone")
     clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
-    if clip == "none" or backbone and plain:  # the latter has neither of CLIP's encoders
+    if clip == "none" or backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
         clip = None
     weights = weights or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
     return clip, None if weights == "none" else weights

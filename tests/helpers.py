@@ -2,6 +2,7 @@
 
 import gc
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def error_line(script, capsys, monkeypatch, *options):
     gc.collect()  # a traceback may hold a loader, whose workers end with it
     assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
     return line
+
+
+def torchrun(script, *options):
+    """What a script prints when torchrun runs it in two processes on the CPU."""
+    root, launcher = Path(__file__).resolve().parents[1], ["-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, *launcher, "--nproc_per_node", "2", root / script, *options, "--device", "cpu"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def readme_block(word):

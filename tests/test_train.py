@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import NAMES, error_line, make_folders, run
+from helpers import NAMES, error_line, make_folders, run, torchrun
 from PIL import Image
 
 import train as training
@@ -374,18 +374,7 @@ def test_accumulation_divides_the_batch(folders, tmp_path):
 @pytest.mark.slow
 def test_two_processes_see_the_batch_of_one(folders, tmp_path):
     """torchrun on two CPU processes: halves of the same batches, one log, one checkpoint."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(ROOT / "train.py"),
-        *arguments(folders, tmp_path / "run"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    torchrun("train.py", *arguments(folders, tmp_path / "run"))
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert records[0]["processes"] == 2 and [r["iteration"] for r in records[1:] if "lr" in r] == [2, 4]
     last = read_checkpoint(tmp_path / "run" / "last.pt")
@@ -479,7 +468,7 @@ def test_resume_refuses_another_run(folders, tmp_path, capsys, monkeypatch):
         (["--lr", "1e-2", "--batch-size", "2"], ["lr 0.001 there, 0.01 here", "batch_size 4 there, 2 here"]),
         (["--model", "tiny_vit"], ["model 'tiny' there, 'tiny_vit' here"]),
         (["--set", "crop_size=96"], ["crop_size 64 there, 96 here"]),
-        (["--classes", str(tmp_path / "other.txt")], ["classes", "'tree'", "'bush'"]),
+        (["--classes", str(tmp_path / "other.txt")], ["class_names", "'tree'", "'bush'"]),
         (["--train", *folders["val"]], ["images 7 there, 2 here"]),
     ]:
         error = error_line(training, capsys, monkeypatch, *arguments(folders, out, "--resume", *options))
