@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import zipfile
@@ -410,7 +411,8 @@ def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`; a user's mistake prints one line and exits with status 2, Ctrl-C with status 130."""
+    """Run a script's `main()`; a mistake prints one line and exits with status 2, Ctrl-C and SIGTERM with 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; the training loop has its own
     try:
         main()
         if dist.is_initialized():

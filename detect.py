@@ -32,7 +32,7 @@ from data import default_colors, look_at_all, run_script, to_rgb
 from denseclip import read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
 from eval import start_process, this_process
-from predict import check_outputs, find_images, for_each_image, open_photo
+from predict import check_outputs, find_images, for_each_image, open_photo, save_picture
 from train import Recipe, add_options, choose_model, find_run, parse_settings, positive, start_model, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
@@ -155,7 +155,7 @@ def predict_files(args: argparse.Namespace) -> None:
             found = predict(model, photo, args.short_side)
         number = int((found["scores"] >= args.threshold).sum())
         found = {name: value[:number] for name, value in found.items()}
-        draw_detections(photo, found, names).save(pictures[path])
+        save_picture(draw_detections(photo, found, names), pictures[path])
         images.append({"id": len(images) + 1, "file_name": path.name, "width": photo.width, "height": photo.height})
         annotations.extend(coco.to_results(found, len(images), ids))
 

@@ -198,20 +198,21 @@ def evaluate(
         prediction = predict_labels(model, image, label.shape[-2:], **protocol)  # (H, W)
         matrix.update(prediction, label)
         if save_masks is not None:
-            save_labels(Path(save_masks, Path(path).stem + ".png"), prediction, colors, dataset.reduce_zero_label)
+            Path(save_masks).mkdir(parents=True, exist_ok=True)
+            file = Path(save_masks, f"{Path(path).stem}.png")
+            label_image(prediction, colors, dataset.reduce_zero_label).save(file)
     model.train(was_training)
     if world > 1:
         dist.all_reduce(matrix.counts)
     return matrix.compute()
 
 
-def save_labels(path: Path, labels: Tensor, colors: list[tuple[int, int, int]] | None, reduce_zero_label: bool) -> None:
-    """Labels (H, W) as a palette PNG in `colors`; with reduce_zero_label, 1 is the first class, as in ADE20K."""
-    mask = Image.fromarray((labels + reduce_zero_label).to(torch.uint8).cpu().numpy())
+def label_image(labels: Tensor, colors: list[tuple[int, int, int]] | None, reduce_zero_label: bool) -> Image.Image:
+    """Labels (H, W) as a palette image in `colors`; with reduce_zero_label, 1 is the first class, as in ADE20K."""
+    image = Image.fromarray((labels + reduce_zero_label).to(torch.uint8).cpu().numpy())
     if colors:
-        mask.putpalette([v for color in [(0, 0, 0)] * reduce_zero_label + list(colors) for v in color])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mask.save(path)
+        image.putpalette([v for color in [(0, 0, 0)] * reduce_zero_label + list(colors) for v in color])
+    return image
 
 
 # ------------------------------------------------------------------------------------------------ command line

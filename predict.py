@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 from clip_model import IGNORE_INDEX, MEAN, STD, load_clip
 from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, read_checkpoint, restore_model
-from eval import SCALES, predict_labels, predict_probabilities, save_labels, sliding_window, start_process
+from eval import SCALES, label_image, predict_labels, predict_probabilities, sliding_window, start_process
 from heads import resize
 
 # Seven that suffice, say CLIP's authors: github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb
@@ -356,19 +356,26 @@ def check_outputs(images: list[Path], outputs: list[Path]) -> None:
         raise ValueError(f"{twice[0]} is where two pictures would go, or an image is; give each folder its own --out")
 
 
-def draw_pictures(predictor: Predictor, photo: Image.Image, shown: list[int], sheet: bool) -> Iterator[Callable]:
-    """Functions that save a photo's pictures: overlay, labels, sheet if asked for, score maps of the classes shown."""
+def draw_pictures(predictor: Predictor, photo: Image.Image, shown: list[int], sheet: bool) -> Iterator[Image.Image]:
+    """A photo's pictures, one at a time: overlay, labels, sheet if asked for, score maps of the classes shown."""
     labels, names, colors = predictor.labels(photo), predictor.class_names, predictor.colors  # (H, W)
-    yield predictor.overlay(photo, labels).save
-    yield functools.partial(save_labels, labels=labels, colors=colors, reduce_zero_label=predictor.reduce_zero_label)
+    yield predictor.overlay(photo, labels)
+    yield label_image(labels, colors, predictor.reduce_zero_label)
     maps, chosen = {}, shown or sorted(classes_present(labels)[:5])
     if shown or sheet and predictor.scores is not None:
         scores = predictor.small_score_maps(predictor.read(photo))[chosen]  # (number chosen, h, w)
         maps, low, high = dict(zip(chosen, scores, strict=True)), scores.min().item(), scores.max().item()
     if sheet:
-        yield draw_sheet(photo, labels, names, colors, {names[k]: x for k, x in maps.items()}).save
+        yield draw_sheet(photo, labels, names, colors, {names[k]: x for k, x in maps.items()})
     for k in shown:
-        yield add_legend(paint_scores(photo, maps[k], low, high), [(None, names[k]), *heat_legend(low, high)]).save
+        yield add_legend(paint_scores(photo, maps[k], low, high), [(None, names[k]), *heat_legend(low, high)])
+
+
+def save_picture(picture: Image.Image, file: Path) -> None:
+    """Nothing half-written gets the file's name."""
+    part = file.with_name(f".{file.name}")
+    picture.save(part)
+    os.replace(part, file)
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -481,11 +488,9 @@ def main() -> None:
 
     def work(path: Path) -> None:
         pictures = draw_pictures(predictor, open_photo(path), shown, args.sheet)
-        for file, save in zip(files[path], pictures, strict=True):
+        for file, picture in zip(files[path], pictures, strict=True):
             if args.overwrite or not file.exists():
-                part = file.with_name(f".{file.name}")  # nothing half-written gets the picture's name
-                save(part)
-                os.replace(part, file)
+                save_picture(picture, file)
 
     failed = for_each_image(todo, work)
     kept = f"{len(paths) - len(todo)} kept as they were"

@@ -66,15 +66,18 @@ def test_names_and_objects(tmp_path, monkeypatch, capsys):
         denseclip.load_checkpoint(target).encoder.set_class_names(["cat", "dog", "a name longer than the others"])
     target.unlink()
 
-    authors_file(source, "segmentation", meta={"CLASSES": NAMES, "env": Unknown()})
+    palette = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    authors_file(source, "segmentation", meta={"CLASSES": NAMES, "PALETTE": palette, "env": Unknown()})
     assert "--unsafe" in error_line(convert, capsys, monkeypatch, source, target) and not target.exists()
     run(convert, monkeypatch, source, target, "--unsafe")
     assert denseclip.load_checkpoint(target).class_names == NAMES
+    assert denseclip.read_checkpoint(target)["data"]["colors"] == [tuple(color) for color in palette]
 
 
 def test_other_files_are_named(tmp_path, capsys, monkeypatch):
     torch.save({"model": {}}, tmp_path / "other.pth")
     torch.save({"state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "resnet.pth")
-    for name in ("none.pth", "other.pth", "resnet.pth"):
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name in ("none.pth", "other.pth", "resnet.pth", "list.pth"):
         assert name in error_line(convert, capsys, monkeypatch, tmp_path / name, tmp_path / "ours.pt")
         assert not (tmp_path / "ours.pt").exists()

@@ -353,6 +353,9 @@ def test_image_types_are_read_as_rgb(tmp_path):
     check(save(tmp_path / "gray.png", gray), gray_rgb)
     check(save(tmp_path / "gray_alpha.png", np.concatenate([gray[..., None], alpha], 2)), gray_rgb)
     check(save(tmp_path / "1bit.png", gray > 127), (gray_rgb > 127) * np.uint8(255))
+    Image.fromarray(np.array([[-300, 5]], np.int32)).save(tmp_path / "negative.tif")
+    with pytest.raises(ValueError, match="negative.tif: its I values have no standard RGB form"):
+        read_image(tmp_path / "negative.tif")
     for name in ("16bit.png", "16bit.tif"):
         check(save(tmp_path / name, gray.astype(np.uint16) * 257), gray_rgb)
     check(save(tmp_path / "32bit.tif", gray.astype(np.int32) * 257), gray_rgb)

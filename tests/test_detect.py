@@ -98,6 +98,17 @@ def test_trains_resumes_and_is_scored_by_options(name, root, tmp_path, monkeypat
     assert last["settings"]["short_side"] == 96
     assert last["data"]["val"] == [str(root / "images" / "val"), str(root / "annotations" / "instances_val.json")]
 
+    # Other classes: the head starts anew, the rest where the checkpoint stood
+    content = json.loads((root / "annotations" / "instances_train.json").read_text())
+    content["categories"] = [category | {"name": f"my {category['name']}"} for category in content["categories"]]
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    files = [root / "images" / "train", tmp_path / "mine.json"]
+    begin = ["--train", *files, "--val", *files, "--init", tmp_path / "whole" / "last.pt", "--out", tmp_path / "mine"]
+    run(detect, monkeypatch, "train", *begin, "--iterations", 1, "--batch-size", 2, "--workers", 0, "--device", "cpu")
+    assert "weights fit; new: none" in capsys.readouterr().out  # two classes there, two here
+    mine = read_checkpoint(tmp_path / "mine" / "last.pt")
+    assert mine["class_names"] == ["my green square", "my red square"] and mine["settings"] == last["settings"]
+
     # last.pt as it was after two iterations of the same run leads to the same weights
     halfway, original = {}, training.save_checkpoint
 

@@ -349,6 +349,8 @@ def test_the_documented_lines_run(checkpoint, photos, tmp_path, monkeypatch):
     [
         (["--checkpoint", "PATH", "--clip", "RN50"], "either a checkpoint or CLIP's weights"),
         ([], "either a checkpoint or CLIP's weights"),
+        (["--checkpoint", "PATH", "--dense", "z"], "--dense is for CLIP alone"),
+        (["--clip", "RN50", "--backbone", "my:net", "--classes", "a,b"], "--backbone for a checkpoint"),
         (["--clip", "RN50"], "CLIP alone has no classes"),
         (["--checkpoint", "PATH", "--score-maps", "dog"], "--score-maps dog: no such class; the classes are wall, sky"),
         (["--checkpoint", "PATH", "--classes", "dog"], "no such class list.*or several names, such as"),
