@@ -35,22 +35,26 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # lossless formats only
 ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
-FROM_COLORS = """a mask in colors ({mode}); masks hold class indices, and this makes them, in a new folder:
+FROM_COLORS = """a mask in colors ({mode}); masks hold class indices, and this makes them from the colors of a list:
 
     from pathlib import Path; import numpy as np; from PIL import Image; from data import read_classes
     names, colors = read_classes("LIST")  # a file with name, R, G, B on each line, tabs between them
-    Path("masks").mkdir()
+    Path("indices/{name}").mkdir(parents=True, exist_ok=True)
     for path in Path("{folder}").glob("*{suffix}"):
         match = (np.asarray(Image.open(path).convert("RGB"))[:, :, None] == np.array(colors)).all(3)  # (H, W, K)
-        Image.fromarray(np.where(match.any(2), match.argmax(2), 255).astype("uint8")).save(f"masks/{{path.stem}}.png")
+        mask = np.where(match.any(2), match.argmax(2), 255)  # 255, ignored: a color that is not in the list
+        Image.fromarray(mask.astype("uint8")).save(f"indices/{name}/{{path.stem}}.png")
 """
 
 # ------------------------------------------------------------------------------------------------ class lists, reading
 
 
 def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Class names and colors (RGB, 0..255) from a list in classes/ ("ade20k") or a file of the same format: one
-    class per line, just its name or name, R, G, B separated by tabs; the order of the lines is the class index."""
+    """Class names and colors (RGB, 0..255) from "names, with, commas", a list in classes/ ("ade20k"), or a file:
+    one class per line, just its name or name, R, G, B separated by tabs; the order of the lines is the class index."""
+    if "," in str(name_or_path):
+        names = [name.strip() for name in str(name_or_path).split(",")]
+        return names, default_colors(len(names))
     shipped = CLASSES_DIR / f"{name_or_path}.txt"
     path = shipped if shipped.is_file() else Path(name_or_path)
     if not path.is_file():
@@ -72,7 +76,8 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
 
 
 def class_lists() -> str:
-    return f"a file with one per line or one of {', '.join(sorted(path.stem for path in CLASSES_DIR.glob('*.txt')))}"
+    shipped = ", ".join(sorted(path.stem for path in CLASSES_DIR.glob("*.txt")))
+    return f'names such as "sky, grass", a file with one per line, or one of {shipped}'
 
 
 @functools.cache
@@ -110,7 +115,8 @@ def files_by_stem(folder: str | Path, suffixes: set[str]) -> dict[str, Path]:
             raise ValueError(f"{path}: same name as {files[path.stem].name}; images and masks are paired by name")
         files[path.stem] = path
     if not files:
-        raise FileNotFoundError(f"{folder}: not a folder with image files; expected {' '.join(sorted(suffixes))}")
+        what = "no image files there" if Path(folder).is_dir() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}; expected {' '.join(sorted(suffixes))}")
     return files
 
 
@@ -170,7 +176,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         images, masks = files_by_stem(image_dir, IMAGE_SUFFIXES), files_by_stem(mask_dir, MASK_SUFFIXES)
         for files, others, kind, folder in ((images, masks, "mask", mask_dir), (masks, images, "image", image_dir)):
             if alone := [path for stem, path in files.items() if stem not in others]:
-                raise ValueError(f"{alone[0]}: no {kind} of this name in {folder} ({len(alone)} missing)")
+                how = f"{len(alone)} missing: add or remove them"
+                raise ValueError(f"{alone[0]}: no {kind} of this name in {folder} ({how})")
         self.pairs = [(path, masks[stem]) for stem, path in images.items()]
         self.num_classes, self.transform = num_classes, transform or eval_transform
         self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
@@ -191,7 +198,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def check_size(self, index: int, label: Tensor, size: tuple[int, int]) -> None:
         (image_path, mask_path), (h, w), (height, width) = self.pairs[index], label.shape, size
         if (h, w) != (height, width):  # EXIF orientation is not applied
-            raise ValueError(f"{mask_path}: {w} x {h} pixels, but {image_path} has {width} x {height} as stored")
+            what = f"{w} x {h} pixels, but {image_path} has {width} x {height} as stored"
+            raise ValueError(f"{mask_path}: {what}; they must be the same: replace or remove both")
 
     def count_labels(self, index: int) -> Tensor:
         """Pixels of each label in a mask, (256,); of its image, only the size is read, to compare."""
@@ -210,10 +218,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def read_label(self, path: Path) -> Tensor:
         """A mask of 1, 8 or 16 bits, or the indices of a palette image, as labels: (H, W) uint8 in [0, K) or 255."""
         image, first = open_image(path), int(self.reduce_zero_label)
-        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            folder, suffix = os.path.abspath(path.parent), path.suffix
-            raise ValueError(f"{path}: {FROM_COLORS.format(mode=image.mode, folder=folder, suffix=suffix)}")
-        mask = np.asarray(image).astype(np.int64)
+        mask = np.asarray(image).astype(np.int64)  # (H, W), or of gray values as RGB (H, W, 3)
+        if image.mode in ("RGB", "RGBA") and (mask[..., :3] == mask[..., :1]).all():
+            mask = mask[..., 0]
+        elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            folder = Path(os.path.abspath(path)).parent
+            raise ValueError(
+                f"{path}: {FROM_COLORS.format(mode=image.mode, folder=folder, name=folder.name, suffix=path.suffix)}"
+            )
         ignored = (mask == IGNORE_INDEX) | (mask == self.ignore_index) | ((mask == 0) & self.reduce_zero_label)
         label = np.where(ignored, IGNORE_INDEX, mask - first)
         if (wrong := ~ignored & ((label < 0) | (label >= self.num_classes))).any():
@@ -242,10 +254,13 @@ def check_data(train: SegmentationDataset, val: SegmentationDataset, class_names
         if not any_label:
             how = "check --ignore-index and --reduce-zero-label"
             raise ValueError(f"all pixels of the {split} masks are ignored ({train.pairs[0][1].parent}); {how}")
-    shares = (f"{name} {100 * n / labeled:.2g}" for name, n in zip(class_names, counts.tolist(), strict=False))
-    lines = [textwrap.fill(f"training pixels in %: {', '.join(shares)}", 118)]
+    shares = (f"{name} {100 * n / labeled:.1f}" for name, n in zip(class_names, counts.tolist(), strict=False))
+    share = f"{100 * ignored / (ignored + labeled):.1f} %"
+    lines = [textwrap.fill(f"training pixels in %: {', '.join(shares)}; {share} of all pixels are ignored", 118)]
     if ignored > 9 * labeled:
-        lines += [f"warning: {100 * ignored / (ignored + labeled):.0f} % of the training pixels are ignored"]
+        lines += [f"warning: {share} of the training pixels are ignored"]
+    if ignored and labeled == counts[0]:
+        lines += ["warning: only values 0 and 255 occur, and 255 is ignored: masks of two classes hold 0 and 1"]
     if absent := [name for name, n in zip(class_names, counts.tolist(), strict=False) if n == 0]:
         lines += [
             f"warning: no training mask has {', '.join(absent[:10])} ({len(absent)} of {len(class_names)} classes)"

@@ -2,7 +2,7 @@
 
     python detect.py train --model retinanet_rn50 --data data/coco --out runs/retinanet     # --accumulate 8 on one GPU
     torchrun --standalone --nproc_per_node 8 detect.py train --model mask_rcnn_rn50 --out runs/mask_rcnn
-    python detect.py train --train IMAGES JSON --val IMAGES JSON --iterations 2000 --warmup 100 --out runs/mine
+    python detect.py train --train IMAGES JSON --val IMAGES JSON --iterations 2000 --out runs/mine
     python detect.py eval --checkpoint runs/mask_rcnn/best.pt                               # or torchrun, as above
     python detect.py predict photo.jpg FOLDER "*.png" --checkpoint runs/mask_rcnn/best.pt   # pictures and JSON
 
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from denseclip import read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
 from eval import start_process, this_process
 from predict import check_outputs, find_images, for_each_image, open_photo, save_picture
-from train import Recipe, add_options, choose_model, find_run, parse_settings, positive, start_model, train
+from train import Recipe, add_options, choose_model, complete, find_run, parse_settings, positive, start_model, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
 RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1)
@@ -61,12 +60,12 @@ def train_detector(args: argparse.Namespace) -> None:
     epoch = train_set.sampler(args.batch_size, 0, 0, 1, 0).size  # images
     lr = (2e-4 if load_masks else 1e-4) if args.lr is None else args.lr  # the paper's
     known = {"iterations": args.iterations or 12 * epoch // args.batch_size, "lr": lr, **weights}
-    recipe = replace(RECIPE, **{name: value for name, value in vars(args).items() if hasattr(Recipe, name)} | known)
+    recipe = complete(RECIPE, vars(args) | known)
     if rank == 0:
         print(f"{train_set.summary()}\n{val_set.summary()}\n{model.name}, {world} x {device}")
-        print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
         if args.check and not resume:
             look_at_all(val_set.__getitem__, len(val_set), "looking at validation images", args.workers)
+        print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
     loop |= {"score": "box_ap", "data": {"val": [str(Path(path).resolve()) for path in val_files]}}
     evaluate_model = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
@@ -164,7 +163,9 @@ def predict_files(args: argparse.Namespace) -> None:
     finally:  # what was found before Ctrl-C, too
         categories = [{"id": k, "name": name} for k, name in zip(ids, names, strict=True)]
         annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
-        file.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}), "utf-8")
+        if images:
+            content = {"images": images, "categories": categories, "annotations": annotations}
+            file.write_text(json.dumps(content), encoding="utf-8")
     print(f"{len(images)} pictures written to {args.out}, {failed} images failed; detections in {file}")
     sys.exit(1 if failed else 0)
 

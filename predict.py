@@ -160,7 +160,9 @@ class Predictor:
         backbone: str | nn.Module | None = None,
     ):
         if (checkpoint is None) == (clip is None):
-            raise ValueError("expected either a checkpoint or CLIP's weights, by name or file")
+            raise ValueError(
+                "expected a checkpoint or CLIP's weights, one of the two: --checkpoint FILE or --clip NAME"
+            )
         if checkpoint is None and backbone or clip is None and dense:
             raise ValueError("--dense is for CLIP alone, --backbone for a checkpoint whose backbone is your own")
         if short_side is not None and not 32 <= short_side <= 8192:
@@ -263,7 +265,8 @@ def paint_scores(photo: Image.Image, score_map: Tensor, low: float, high: float)
 
 
 def heat_legend(low: float, high: float) -> list:
-    return [(HEAT[i], f"{low + (high - low) * i / 254:.2f}") for i in (0, 63, 127, 191, 254)]
+    digits = 2 if high - low > 0.1 else 4
+    return [(HEAT[i], f"{low + (high - low) * i / 254:.{digits}f}") for i in (0, 63, 127, 191, 254)]
 
 
 def add_legend(picture: Image.Image, entries: list) -> Image.Image:
@@ -427,16 +430,6 @@ def export(model: nn.Module, path: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def read_names(text: str) -> tuple[list[str], list | None]:
-    """Class names and colors from --classes: names with commas between them, or what `data.read_classes` reads."""
-    if "," in text:
-        return [name.strip() for name in text.split(",") if name.strip()], None
-    try:
-        return data.read_classes(text)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'{error}; or several names, such as "sky, grass"') from None
-
-
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("predict.py", "python predict.py PATHS... [options]", __doc__, formatter_class=raw)
@@ -452,20 +445,22 @@ def main() -> None:
     option("--score-maps", nargs="+", default=[], metavar="NAME", help="classes to write score maps of, or all")
     option("--sheet", action="store_true", help="also write everything side by side; by default five score maps")
     option("--multi-scale", action="store_true", help="labels from scales 0.5 to 1.75, each also flipped")
-    option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: as in training)")
+    option("--short-side", type=int, metavar="PIXELS", help="resize the shorter side to this (default: as in training)")
     option("--export", metavar="FILE", help="write the model as one graph, .onnx or .pt2, see `export`")
-    option("--overwrite", action="store_true", help="replace files that are there; they are kept otherwise")
+    option("--overwrite", action="store_true", help="replace what is there; photos with pictures are skipped otherwise")
     option("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
 
     if not args.paths and not args.export:
-        raise ValueError("no images: name files, folders or patterns")
+        raise ValueError("no images: name files, folders or patterns, before --score-maps and its names")
     paths, (_, _, device) = find_images(args.paths), start_process(args.device)
-    names, colors = read_names(args.classes) if args.classes else (None, None)
+    names, colors = data.read_classes(args.classes) if args.classes else (None, None)
     same = ("clip", "dense", "short_side", "multi_scale", "precision", "backbone")
     predictor = Predictor(args.checkpoint, names, device=device, **{name: getattr(args, name) for name in same})
     if args.export:
+        if Path(args.export).exists() and not args.overwrite:
+            raise ValueError(f"{args.export} already exists: --overwrite replaces it")
         export(predictor.model, args.export)
         print(f"{args.export}: images (B, 3, H, W), normalized with CLIP's mean and std -> logits (B, K, H, W)")
         if not paths:
@@ -484,17 +479,24 @@ def main() -> None:
     files = {path: [args.out / f"{path.stem}{ending}.png" for ending in endings] for path in paths}
     check_outputs(paths, [file for outputs in files.values() for file in outputs])
     args.out.mkdir(parents=True, exist_ok=True)
-    todo = [path for path in paths if args.overwrite or not all(file.exists() for file in files[path])]
+    there = {path: file for path in paths for file in files[path][::-1] if file.exists() and not args.overwrite}
+    if there:
+        file, how = next(iter(there.values())), "--overwrite replaces them, another --out keeps them"
+        print(f"skipping {len(there)} of {len(paths)} photos: {file} exists, perhaps from another model; {how}")
+    todo = [path for path in paths if path not in there]
 
     def work(path: Path) -> None:
         pictures = draw_pictures(predictor, open_photo(path), shown, args.sheet)
-        for file, picture in zip(files[path], pictures, strict=True):
-            if args.overwrite or not file.exists():
+        try:
+            for file, picture in zip(files[path], pictures, strict=True):
                 save_picture(picture, file)
+        except BaseException:  # all of a photo's pictures or none: with some, it would be skipped the next time
+            for file in files[path]:
+                file.unlink(missing_ok=True)
+            raise
 
     failed = for_each_image(todo, work)
-    kept = f"{len(paths) - len(todo)} kept as they were"
-    print(f"{len(todo) - failed} images written to {args.out}, {kept}, {failed} failed")
+    print(f"pictures of {len(todo) - failed} photos written to {args.out}, {len(there)} skipped, {failed} failed")
     if failed:
         sys.exit(1)
 

@@ -323,7 +323,8 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
     if "optimizer" not in checkpoint:
         raise ValueError(f"{path} holds no optimizer state; --resume needs the last.pt that training wrote")
     there, done, end = checkpoint["run"], checkpoint["iteration"], run["iterations"]
-    differences = [k for k in run if there.get(k) != run[k] and not (k == "iterations" and there[k] < run[k])]
+    may_differ = ("iterations", "warmup") if there["iterations"] < end else ()
+    differences = [k for k in run if there.get(k) != run[k] and k not in may_differ]
     if differences:
         what = "; ".join(f"{k} {there.get(k)!r:.80} there, {run[k]!r:.80} here" for k in differences)
         how = "repeat that run's options, or start a new run with another --out"
@@ -406,7 +407,7 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     option("--weight-decay", type=float, default=recipe.weight_decay, help=d)
     option("--backbone-lr-multiplier", type=float, default=recipe.backbone_lr_multiplier, metavar="X", help=d)
     option("--text-lr-multiplier", type=float, default=0.0, metavar="X", help="(default: 0, frozen)")
-    option("--warmup", type=int, default=recipe.warmup, metavar="ITERATIONS", help=d)
+    option("--warmup", type=int, metavar="ITERATIONS", help=f"(default: {recipe.warmup}, at most a tenth of the run)")
     option("--clip-grad", type=float, default=recipe.clip_grad, metavar="NORM", help=f"0: no clipping {d}")
     option("--precision", choices=["fp32", "bf16"], default=recipe.precision, help=d)
     option("--seed", type=int, default=recipe.seed, help=d)
@@ -426,6 +427,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def complete(recipe: Recipe, given: dict) -> Recipe:
+    """`recipe` with what was given of its fields. A warm-up that was not given is at most a tenth of the run."""
+    given = {name: value for name, value in given.items() if hasattr(Recipe, name) and value is not None}
+    recipe = replace(recipe, **given)
+    if given.get("warmup", 0) >= recipe.iterations:
+        raise ValueError(f"--warmup {recipe.warmup} is as long as the run: it must end before --iterations")
+    return recipe if "warmup" in given else replace(recipe, warmup=min(recipe.warmup, recipe.iterations // 10))
 
 
 def find_run(out: Path, resume: str | None) -> Path | None:
@@ -547,7 +557,8 @@ def main() -> None:
     first = parser.add_argument_group("what most runs need").add_argument
     first("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders (default: those of --data)")
     first("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="likewise")
-    first("--classes", metavar="LIST", help="list in classes/ or file (default: ROOT/classes.txt, or ADE20K's)")
+    listed = 'list in classes/, file, or "sky, grass" (default: ROOT/classes.txt, or ADE20K\'s)'
+    first("--classes", metavar="LIST", help=listed)
     add_options(parser, first, PRESETS, recipe, "runs/denseclip")
     option = parser.add_argument_group("data").add_argument
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
@@ -580,17 +591,16 @@ def main() -> None:
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
     train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, **labels)
     val_set = SegmentationDataset(val_images, val_masks, len(class_names), **labels)
-    given = {name: value for name, value in vars(args).items() if hasattr(Recipe, name)}
-    recipe = replace(recipe, **given | labels | weights)
+    recipe = complete(recipe, vars(args) | labels | weights)
 
     rank, world = this_process()
     if rank == 0:
         print(f"{model.name}, {world} x {device}, {len(train_set)} training and {len(val_set)} validation images")
-        print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
         if reduce_zero_label:
             print("mask value 0 is ignored and 1 is the first class; --no-reduce-zero-label if your classes start at 0")
         if args.check and not resume:
             print(check_data(train_set, val_set, class_names, args.workers))
+        print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
     evaluate_model = partial(evaluate, dataset=val_set, device=device, workers=args.workers)
     loop |= {"data": {"colors": colors, "val": [str(Path(folder).resolve()) for folder in (val_images, val_masks)]}}
@@ -598,6 +608,7 @@ def main() -> None:
     if rank == 0:
         print(format_table(metrics, class_names))
         print(f"weights: {args.out / 'best.pt'} (best mIoU), {args.out / 'last.pt'}; log: {args.out / 'log.jsonl'}")
+        print(f"pictures: python predict.py PHOTOS --checkpoint {args.out / 'best.pt'}")
 
 
 if __name__ == "__main__":

@@ -290,7 +290,10 @@ def test_mask_of_another_size(tmp_path):
 
 
 def test_color_mask(tmp_path, monkeypatch):
-    pairs = folders(tmp_path, np.zeros((4, 6, 3), np.uint8))
+    gray = np.arange(24, dtype=np.uint8).reshape(4, 6) % 2
+    pairs = folders(tmp_path, np.stack([gray] * 3, axis=2))
+    assert np.array_equal(SegmentationDataset(*pairs, 2, keep)[0][1], gray)  # RGB without colors
+    pairs = folders(tmp_path, np.zeros((4, 6, 3), np.uint8) + np.array([0, 9, 0], np.uint8))
     with pytest.raises(ValueError, match=r"one.png: a mask in colors \(RGB\); masks hold class indices") as error:
         SegmentationDataset(*pairs, 2, keep)[0]
 
@@ -302,7 +305,7 @@ def test_color_mask(tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     monkeypatch.chdir(tmp_path / "new")
     exec(snippet, {})
-    assert np.array_equal(Image.open("masks/one.png"), np.where(mask == 2, 255, mask))
+    assert np.array_equal(Image.open("indices/masks/one.png"), np.where(mask == 2, 255, mask))
 
 
 def test_data_are_looked_at_before_training(tmp_path):
@@ -313,11 +316,13 @@ def test_data_are_looked_at_before_training(tmp_path):
         train = SegmentationDataset(*pairs, len(names), keep, **conventions)
         return data.check_data(train, SegmentationDataset(*pairs, len(names), **conventions), list(names), 2)
 
-    assert check([[0, 0, 1, 2]]) == "training pixels in %: road 50, sky 25, car 25"
+    shares = "road 50.0, sky 25.0, car 25.0; 0.0 % of all pixels are ignored"
+    assert check([[0, 0, 1, 2]]) == f"training pixels in %: {shares}"
     assert check([[0, 0, 0, 1]]).endswith("warning: no training mask has car (1 of 3 classes)")
     assert "these 1-based masks? --reduce-zero-label" in check([[1, 1, 2, 2]])
     assert "1-based" not in check([[2, 2, 0, 3]], reduce_zero_label=True)
-    assert "warning: 95 % of the training pixels are ignored" in check([[255] * 19 + [1]])
+    assert "masks of two classes hold 0 and 1" in check([[0, 0, 255]], ("road", "sky"))
+    assert "warning: 95.0 % of the training pixels are ignored" in check([[255] * 19 + [1]])
     with pytest.raises(ValueError, match="all pixels of the training masks are ignored .* check --ignore-index"):
         check([[255, 255]])
     with pytest.raises(ValueError, match="one.png: value 7 is not a class"):
@@ -443,8 +448,8 @@ def test_unpaired_files_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match=r"one.png: same name as one.jpg"):
         SegmentationDataset(images, masks, 2, keep)
     (tmp_path / "empty").mkdir()
-    for folder in ("empty", "nowhere"):
-        with pytest.raises(FileNotFoundError, match=f"{folder}: not a folder with image files"):
+    for folder, what in (("empty", "no image files there"), ("nowhere", "no such folder")):
+        with pytest.raises(FileNotFoundError, match=f"{folder}: {what}"):
             SegmentationDataset(tmp_path / folder, masks, 2, keep)
     with pytest.raises(ValueError, match="256 classes"):
         SegmentationDataset(images, masks, 256, keep)

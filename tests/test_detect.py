@@ -140,8 +140,8 @@ def test_a_detectors_iterations_are_twelve_epochs(root, tmp_path, monkeypatch):
     run(detect, monkeypatch, "train", "--model", "mask_rcnn_tiny", "--data", root, "--iterations", 5, "--out", tmp_path)
     # three wide and three tall images, in batches of two: two batches each
     assert [(r.iterations, r.batch_size, r.lr, r.warmup, m.settings.short_side) for r, m in runs] == [
-        (48, 2, 1e-4, 500, 800),
-        (5, 16, 2e-4, 500, 800),
+        (48, 2, 1e-4, 4, 800),
+        (5, 16, 2e-4, 0, 800),
     ]
 
 

@@ -77,17 +77,32 @@ def test_pictures_of_a_folder(checkpoint, photos, tmp_path, monkeypatch, capsys)
         assert (
             Image.open(out / f"{i}_score_sky.png").height > size[1] and Image.open(out / f"{i}_sheet.png").width > 1000
         )
-    assert capsys.readouterr().out == f"4 images written to {out}, 0 kept as they were, 0 failed\n"
+    assert capsys.readouterr().out == f"pictures of 4 photos written to {out}, 0 skipped, 0 failed\n"
 
     before = (out / "1_labels.png").read_bytes()
-    (out / "0.png").unlink()
+    for path in out.glob("0*.png"):
+        path.unlink()
     (out / "1_labels.png").write_bytes(b"mine")
     run(predict, monkeypatch, *options)
     assert (out / "0.png").exists() and (out / "1_labels.png").read_bytes() == b"mine"
-    assert f"1 images written to {out}, 3 kept as they were, 0 failed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"skipping 3 of 4 photos: {out / '1.png'} exists, perhaps from another model; --overwrite" in printed
+    assert f"pictures of 1 photos written to {out}, 3 skipped, 0 failed" in printed
     run(predict, monkeypatch, *options, "--overwrite")
     assert (out / "1_labels.png").read_bytes() == before
-    assert "4 images written" in capsys.readouterr().out
+    assert "pictures of 4 photos written" in capsys.readouterr().out
+
+
+def test_an_interrupted_photo_leaves_no_pictures(checkpoint, photos, tmp_path, monkeypatch):
+    def stop(picture, file):
+        if file.name == "1_labels.png":
+            raise KeyboardInterrupt
+        predict.Image.Image.save(picture, file)
+
+    monkeypatch.setattr(predict, "save_picture", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(predict, monkeypatch, photos, "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "0_labels.png"]
 
 
 @pytest.mark.parametrize("multi_scale, reduce_zero_label", [(False, True), (True, False)])
@@ -141,7 +156,7 @@ def test_unreadable_files_are_named_and_the_rest_is_done(checkpoint, photos, tmp
     with pytest.raises(SystemExit) as stop:
         run(predict, monkeypatch, photos, "--checkpoint", checkpoint, "--out", tmp_path / "out")
     printed = capsys.readouterr()
-    assert stop.value.code == 1 and printed.out.endswith("0 kept as they were, 2 failed\n")
+    assert stop.value.code == 1 and printed.out.endswith("0 skipped, 2 failed\n")
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert [str(photos / name) in line for name, line in zip(("cut.jpg", "text.jpg"), errors, strict=True)] == [
         True
@@ -347,13 +362,13 @@ def test_the_documented_lines_run(checkpoint, photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--checkpoint", "PATH", "--clip", "RN50"], "either a checkpoint or CLIP's weights"),
-        ([], "either a checkpoint or CLIP's weights"),
+        (["--checkpoint", "PATH", "--clip", "RN50"], "one of the two: --checkpoint FILE or --clip NAME"),
+        ([], "one of the two: --checkpoint FILE or --clip NAME"),
         (["--checkpoint", "PATH", "--dense", "z"], "--dense is for CLIP alone"),
         (["--clip", "RN50", "--backbone", "my:net", "--classes", "a,b"], "--backbone for a checkpoint"),
         (["--clip", "RN50"], "CLIP alone has no classes"),
         (["--checkpoint", "PATH", "--score-maps", "dog"], "--score-maps dog: no such class; the classes are wall, sky"),
-        (["--checkpoint", "PATH", "--classes", "dog"], "no such class list.*or several names, such as"),
+        (["--checkpoint", "PATH", "--classes", "dog"], "dog: no such class list; give names such as"),
         (["--checkpoint", "PATH", "--classes", "dog, cat|dog"], "'dog' occurs more than once"),
         (["--checkpoint", "PATH", "--classes", "dog, cat||puppy"], "none of them empty"),
         (

@@ -500,6 +500,7 @@ def test_mistakes_end_in_one_line_and_status_2(folders, tmp_path, capsys, monkey
         (["--classes", "cityskapes"], ["cityskapes", "cityscapes"]),
         (["--no-check", "--train", images, resized, "--workers", 1], ["resized", "40 x 40"]),
         (["--clip", tmp_path / "weights.pt"], ["weights.pt"]),
+        (["--warmup", 4], ["--warmup 4 is as long as the run"]),
         (["--accumulate", 3], ["--batch-size 4", "--accumulate 3"]),
         (["--backbone-weights", "resnet.pth"], ["--backbone-weights resnet.pth has no effect without --backbone"]),
         (["--set", "tau=0"], ["tau is 0.0, it must be from"]),
