@@ -16,9 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from data import IterationSampler, open_image, read_image, resize_to_fit
@@ -45,10 +44,8 @@ def find_coco(root: str | Path, split: str) -> tuple[Path, Path]:
         for images in (root / name, root / "images" / name):
             if images.is_dir() and annotations.is_file():
                 return images, annotations
-    raise FileNotFoundError(
-        f"{root}: expected {split}2017 and annotations/instances_{split}2017.json (COCO), or images/{split} and "
-        f"annotations/instances_{split}.json; or give --{split} IMAGES JSON"
-    )
+    generic = f"images/{split} and annotations/instances_{split}.json; or give --{split} IMAGES JSON"
+    raise FileNotFoundError(f"{root}: expected {split}2017 and annotations/instances_{split}2017.json, or {generic}")
 
 
 def read_annotations(path: str | Path) -> dict[str, list[dict]]:
@@ -126,10 +123,8 @@ class CocoDetection(torch.utils.data.Dataset):
         self.images = content["images"]
         absent = [image["file_name"] for image in self.images if not (self.image_dir / image["file_name"]).is_file()]
         if absent:
-            raise FileNotFoundError(
-                f"{annotations}: {len(absent)} of its {len(self.images)} images are not in {image_dir}, the first is "
-                f"{absent[0]}; give the folder that belongs to the file, or remove them from the file"
-            )
+            what = f"{len(absent)} of its {len(self.images)} images are not in {image_dir}, the first is {absent[0]}"
+            raise FileNotFoundError(f"{annotations}: {what}; give the file's own folder, or remove them from the file")
         for image in self.images:
             if not (isinstance(image.get("width"), int) and isinstance(image.get("height"), int)):
                 image["width"], image["height"] = open_image(self.image_dir / image["file_name"]).size
@@ -246,18 +241,18 @@ class DetectionTransform:
     def __call__(self, image: Tensor, target: dict) -> tuple[Tensor, dict]:
         """image (3, H, W) uint8 -> (3, h, w) float in [0, 1]; target with boxes and masks to match."""
         height, width = image.shape[1:]
-        image = resize_to_fit(F.to_dtype(image, torch.float32, scale=True), self.limits)  # (3, h, w)
+        image = resize_to_fit(image / 255, self.limits)  # (3, h, w)
         new_height, new_width = image.shape[1:]
         boxes = target["boxes"] * torch.tensor([new_width / width, new_height / height] * 2)  # (N, 4)
         target = {**target, "boxes": boxes}
         if "masks" in target:
-            target["masks"] = F.resize(target["masks"], [new_height, new_width], InterpolationMode.NEAREST)  # (N, h, w)
+            target["masks"] = F.interpolate(target["masks"][None], image.shape[1:])[0]  # (N, h, w), nearest
         if self.flip and torch.rand(()).item() < self.flip:
-            image = F.horizontal_flip(image)
+            image = image.flip(-1)
             x1, y1, x2, y2 = boxes.unbind(1)
             target["boxes"] = torch.stack([new_width - x2, y1, new_width - x1, y2], dim=1)
             if "masks" in target:
-                target["masks"] = F.horizontal_flip(target["masks"])
+                target["masks"] = target["masks"].flip(-1)
         return image.contiguous(), target
 
 

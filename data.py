@@ -52,7 +52,7 @@ FROM_COLORS = """a mask in colors ({mode}); masks hold class indices, and this m
 def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Class names and colors (RGB, 0..255) from "names, with, commas", a list in classes/ ("ade20k"), or a file:
     one class per line, just its name or name, R, G, B separated by tabs; the order of the lines is the class index."""
-    if "," in str(name_or_path):
+    if "," in str(name_or_path) and not os.path.isfile(name_or_path):
         names = [name.strip() for name in str(name_or_path).split(",")]
         return names, default_colors(len(names))
     shipped = CLASSES_DIR / f"{name_or_path}.txt"
@@ -223,9 +223,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
             mask = mask[..., 0]
         elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             folder = Path(os.path.abspath(path)).parent
-            raise ValueError(
-                f"{path}: {FROM_COLORS.format(mode=image.mode, folder=folder, name=folder.name, suffix=path.suffix)}"
-            )
+            facts = {"mode": image.mode, "folder": folder, "name": folder.name, "suffix": path.suffix}
+            raise ValueError(f"{path}: {FROM_COLORS.format(**facts)}")
         ignored = (mask == IGNORE_INDEX) | (mask == self.ignore_index) | ((mask == 0) & self.reduce_zero_label)
         label = np.where(ignored, IGNORE_INDEX, mask - first)
         if (wrong := ~ignored & ((label < 0) | (label >= self.num_classes))).any():
@@ -247,25 +246,23 @@ def check_data(train: SegmentationDataset, val: SegmentationDataset, class_names
 
     return: each class's share of the training pixels, and warnings, as lines of text
     """
-    counts = sum(look_at_all(train.count_labels, len(train), "looking at training masks", workers))  # (256,)
-    looked = look_at_all(lambda i: val[i][1].lt(IGNORE_INDEX).any(), len(val), "looking at validation images", workers)
-    labeled, ignored = counts[:IGNORE_INDEX].sum().item(), counts[IGNORE_INDEX].item()
-    for split, any_label in (("training", labeled > 0), ("validation", any(looked))):
+    counts = sum(look_at_all(train.count_labels, len(train), "checking training masks", workers)).tolist()  # 256
+    looked = look_at_all(lambda i: val[i][1].lt(IGNORE_INDEX).any(), len(val), "checking validation images", workers)
+    pixels, ignored = dict(zip(class_names, counts, strict=False)), counts[IGNORE_INDEX]
+    labeled, how = sum(pixels.values()), "check --ignore-index and --reduce-zero-label"
+    for masks, any_label in ((train, labeled), (val, any(looked))):
         if not any_label:
-            how = "check --ignore-index and --reduce-zero-label"
-            raise ValueError(f"all pixels of the {split} masks are ignored ({train.pairs[0][1].parent}); {how}")
-    shares = (f"{name} {100 * n / labeled:.1f}" for name, n in zip(class_names, counts.tolist(), strict=False))
+            raise ValueError(f"{masks.pairs[0][1].parent}: all pixels of the masks are ignored; {how}")
+    shares = (f"{name} {100 * n / labeled:.1f}" for name, n in pixels.items())
     share = f"{100 * ignored / (ignored + labeled):.1f} %"
     lines = [textwrap.fill(f"training pixels in %: {', '.join(shares)}; {share} of all pixels are ignored", 118)]
     if ignored > 9 * labeled:
         lines += [f"warning: {share} of the training pixels are ignored"]
-    if ignored and labeled == counts[0]:
+    if ignored and labeled == counts[0] and not train.reduce_zero_label:
         lines += ["warning: only values 0 and 255 occur, and 255 is ignored: masks of two classes hold 0 and 1"]
-    if absent := [name for name, n in zip(class_names, counts.tolist(), strict=False) if n == 0]:
-        lines += [
-            f"warning: no training mask has {', '.join(absent[:10])} ({len(absent)} of {len(class_names)} classes)"
-        ]
-    if counts[0] == 0 and not train.reduce_zero_label:
+    if absent := [name for name, n in pixels.items() if n == 0]:
+        lines += [f"warning: no training mask has {', '.join(absent[:10])} ({len(absent)} of {len(pixels)} classes)"]
+    if counts[0] == 0 and not train.reduce_zero_label and train.ignore_index != 0:
         lines += ["warning: value 0 never occurs: are these 1-based masks? --reduce-zero-label makes 1 the first class"]
     return "\n".join(lines)
 
@@ -427,7 +424,8 @@ def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main()`; a mistake prints one line and exits with status 2, Ctrl-C and SIGTERM with 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; the training loop has its own
+    if "LOCAL_RANK" not in os.environ:  # under torchrun, a process that waits for another could not react
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         main()
         if dist.is_initialized():
@@ -441,7 +439,7 @@ def run_script(main: Callable[[], None]) -> None:
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise  # (torch.save turns Ctrl-C into a RuntimeError)
         if os.environ.get("RANK", "0") == "0":
-            why = f": {error}" if isinstance(error, KeyboardInterrupt) and error.args else ""
+            why = f": {error}" if isinstance(error, KeyboardInterrupt) and str(error) else ""
             print(f"interrupted{why}", file=sys.stderr)
         sys.exit(130)
     finally:

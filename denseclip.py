@@ -279,9 +279,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
@@ -613,9 +611,9 @@ def read_tensors(path: str | Path) -> object:
         raise ValueError(f"{path}: not a readable checkpoint, {reason}") from None
 
 
-def load_checkpoint(path: str | Path, class_names: list[str] | None = None, **backbone) -> DenseCLIP:
+def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> DenseCLIP:
     """The segmentation model saved by train.py, in evaluation mode on the CPU. Options: see `restore_model`."""
-    return restore_model(read_checkpoint(path), path, build_model, class_names, **backbone)
+    return restore_model(read_checkpoint(path), path, build_model, class_names, backbone)
 
 
 def restore_model(checkpoint: dict, path: str | Path, build: Callable, class_names=None, backbone=None) -> nn.Module:

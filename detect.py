@@ -31,7 +31,7 @@ from data import default_colors, look_at_all, run_script, to_rgb
 from denseclip import read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
 from eval import start_process, this_process
-from predict import check_outputs, find_images, for_each_image, open_photo, save_picture
+from predict import check_outputs, find_images, for_each_image, open_photo, save_pictures
 from train import Recipe, add_options, choose_model, complete, find_run, parse_settings, positive, start_model, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
@@ -44,10 +44,9 @@ def train_detector(args: argparse.Namespace) -> None:
     resume = find_run(args.out, args.resume)
     train_files = args.train or find_coco(args.data, "train")
     val_files = args.val or find_coco(args.data, "val")
-    settings = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(
-        args.set
-    )
-    name, settings, saved = choose_model(PRESETS, args.model, args.init, settings)
+    own = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")}
+    init = resume if resume and args.init else args.init  # a resumed run has the settings itself
+    name, settings, saved = choose_model(PRESETS, args.model, init, own | parse_settings(args.set))
     limits, load_masks = detection_limits(settings.get("short_side", 800)), name.startswith("mask")
     train_set = CocoDetection(*train_files, DetectionTransform(limits, flip=0.5), load_masks=load_masks, train=True)
     names = train_set.class_names
@@ -64,7 +63,7 @@ def train_detector(args: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{train_set.summary()}\n{val_set.summary()}\n{model.name}, {world} x {device}")
         if args.check and not resume:
-            look_at_all(val_set.__getitem__, len(val_set), "looking at validation images", args.workers)
+            look_at_all(lambda i: val_set[i][2], len(val_set), "checking validation images", args.workers)
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
     loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
     loop |= {"score": "box_ap", "data": {"val": [str(Path(path).resolve()) for path in val_files]}}
@@ -154,7 +153,7 @@ def predict_files(args: argparse.Namespace) -> None:
             found = predict(model, photo, args.short_side)
         number = int((found["scores"] >= args.threshold).sum())
         found = {name: value[:number] for name, value in found.items()}
-        save_picture(draw_detections(photo, found, names), pictures[path])
+        save_pictures([draw_detections(photo, found, names)], [pictures[path]])
         images.append({"id": len(images) + 1, "file_name": path.name, "width": photo.width, "height": photo.height})
         annotations.extend(coco.to_results(found, len(images), ids))
 
@@ -166,7 +165,8 @@ def predict_files(args: argparse.Namespace) -> None:
         if images:
             content = {"images": images, "categories": categories, "annotations": annotations}
             file.write_text(json.dumps(content), encoding="utf-8")
-    print(f"{len(images)} pictures written to {args.out}, {failed} images failed; detections in {file}")
+    where = f"; detections in {file}" if images else ""
+    print(f"{len(images)} pictures written to {args.out}, {failed} images failed{where}")
     sys.exit(1 if failed else 0)
 
 

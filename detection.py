@@ -35,7 +35,7 @@ from torchvision.ops.poolers import LevelMapper
 
 import denseclip
 from clip_model import MEAN, STD
-from denseclip import DenseCLIP, Preset, Settings, build_encoder, read_checkpoint, restore_model
+from denseclip import DenseCLIP, Settings, build_encoder, read_checkpoint, restore_model
 from heads import FPN, conv, resize
 
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100  # minimum score, maximum IoU, detections per image
@@ -442,19 +442,13 @@ def postprocess(boxes: Tensor, scores: Tensor, size: Size) -> Instances:
 # ------------------------------------------------------------------------------------------------ factories
 
 
-def encoder_preset(name: str, crop_size: int) -> Preset:
-    """denseclip.py's preset with the released detectors' positional grid and weight of the auxiliary loss."""
-    return replace(denseclip.PRESETS[name], crop_size=crop_size, aux_weight=1.0, detection=True)
-
-
 DetectorPreset = namedtuple("DetectorPreset", ["head", "neck", "encoder"])  # two classes and a denseclip.Preset
-PRESETS = {
-    "retinanet_rn50": DetectorPreset(RetinaNet, RetinaNetFPN, encoder_preset("rn50", 1344)),
-    "retinanet_rn101": DetectorPreset(RetinaNet, RetinaNetFPN, encoder_preset("rn101", 1344)),
-    "mask_rcnn_rn50": DetectorPreset(MaskRCNN, MaskRCNNFPN, encoder_preset("rn50", 1344)),
-    "mask_rcnn_rn101": DetectorPreset(MaskRCNN, MaskRCNNFPN, encoder_preset("rn101", 1344)),
-    "retinanet_tiny": DetectorPreset(RetinaNet, RetinaNetFPN, encoder_preset("tiny", 640)),  # for a CPU
-    "mask_rcnn_tiny": DetectorPreset(MaskRCNN, MaskRCNNFPN, encoder_preset("tiny", 640)),
+PRESETS = {  # with the released positional grid and weight of the auxiliary loss
+    f"{kind}_{name}": DetectorPreset(
+        *parts, replace(denseclip.PRESETS[name], crop_size=size, aux_weight=1.0, detection=True)
+    )
+    for kind, parts in {"retinanet": (RetinaNet, RetinaNetFPN), "mask_rcnn": (MaskRCNN, MaskRCNNFPN)}.items()
+    for name, size in {"rn50": 1344, "rn101": 1344, "tiny": 640}.items()  # tiny: for a CPU
 }
 
 
@@ -468,6 +462,6 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
     return Detector(encoder, neck, head, name, resolved)
 
 
-def load_checkpoint(path: str | Path, class_names: list[str] | None = None, **backbone) -> Detector:
+def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> Detector:
     """The detector saved by detect.py, in evaluation mode on the CPU. Options: see `denseclip.restore_model`."""
-    return restore_model(read_checkpoint(path), path, build_model, class_names, **backbone)
+    return restore_model(read_checkpoint(path), path, build_model, class_names, backbone)

@@ -5,7 +5,7 @@
     python eval.py --checkpoint best.pt --val IMAGES MASKS --save-masks predicted
     torchrun --standalone --nproc_per_node 8 eval.py --checkpoint runs/rn50/best.pt
 
-The checkpoint knows its model, settings, class names and training data's conventions; only the data must be given.
+The checkpoint knows its model, settings, class names, how masks were read, and training's validation set.
 The protocol is the released code's: resize the image to fit (2048, crop size), average the logits of overlapping
 windows, resize them to the image's original size, softmax. train.py calls `evaluate` from here.
 """
@@ -13,12 +13,14 @@ windows, resize them to the image's original size, softmax. train.py calls `eval
 import argparse
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,6 +30,7 @@ from denseclip import build_model, read_checkpoint, restore_model
 from heads import resize
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale protocol, each also flipped
+SHORTEST = 32  # pixels that every model needs per side
 WINDOWS_PER_BATCH = 4  # windows of one image that go through the model together
 STRIP = 2**26  # probabilities that are computed at once, 256 MB
 
@@ -43,10 +46,14 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
 def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -> Tensor:
     """Logits of whole images from overlapping square windows, averaged where they overlap.
 
-    images: (B, 3, H, W) normalized; a side shorter than the window is taken whole, without padding
+    images: (B, 3, H, W) normalized; a side shorter than the window is taken whole, without padding, unless it is
+            shorter than SHORTEST: then its last row or column is repeated
     window, stride: pixels
     return: (B, K, H, W) logits
     """
+    size = images.shape[-2:]
+    rows, columns = (max(0, min(SHORTEST, window) - side) for side in size)
+    images = F.pad(images, (0, columns, 0, rows), mode="replicate")
     height, width = images.shape[-2:]
     h, w = min(window, height), min(window, width)
     corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
@@ -59,7 +66,7 @@ def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -
         for (y, x), output in zip(chunk, outputs.split(len(images)), strict=True):
             logits[:, :, y : y + h, x : x + w] += output
             count[:, :, y : y + h, x : x + w] += 1
-    return logits / count
+    return (logits / count)[:, :, : size[0], : size[1]]
 
 
 def predict_probabilities(model: nn.Module, image: Tensor, size: tuple[int, int], **protocol) -> Tensor:
@@ -74,12 +81,7 @@ def predict_labels(model: nn.Module, image: Tensor, size: tuple[int, int], **pro
 
 @torch.no_grad()
 def probability_strips(
-    model: nn.Module,
-    image: Tensor,
-    size: tuple[int, int],
-    short_side: int | None = None,
-    scales: tuple[float, ...] = (1.0,),
-    flip: bool = False,
+    model: nn.Module, image: Tensor, size: tuple[int, int], short_side: int | None = None, multi_scale: bool = False
 ) -> Iterator[Tensor]:
     """Class probabilities of one image, averaged over its scaled and flipped variants, from top to bottom.
 
@@ -90,11 +92,11 @@ def probability_strips(
     yields:     (K, rows, W); each variant goes through the softmax before averaging
     """
     variants, stride = [], model.crop_size * 2 // 3  # Released code: windows of 512 move by 341, those of 640 by 426
-    for scale in scales:
+    for scale in SCALES if multi_scale else (1.0,):
         limits = int(2048 * scale), int((short_side or model.short_side) * scale)
         scaled = resize_to_fit(image[None], limits)  # (1, 3, h', w')
         variants.append(sliding_window(model, scaled, model.crop_size, stride).float())  # (1, K, h', w')
-        if flip:
+        if multi_scale:
             flipped = sliding_window(model, scaled.flip(-1), model.crop_size, stride)  # (1, K, h', w')
             variants.append(flipped.flip(-1).float())
     rows = max(1, STRIP // (variants[0].shape[1] * size[1]))
@@ -109,6 +111,11 @@ def resize_rows(x: Tensor, size: tuple[int, int], rows: range) -> Tensor:
     above = y.clamp(0, x.shape[2] - 1).long()
     below, weight = (above + 1).clamp(max=x.shape[2] - 1), (y - above).clamp(0, 1)
     return resize(torch.lerp(x[:, :, above], x[:, :, below], weight[:, None]), (len(rows), size[1]))
+
+
+def check_short_side(short_side: int | None) -> None:
+    if short_side is not None and not 32 <= short_side <= 8192:
+        raise ValueError(f"short_side is {short_side}, it must be from 32 to 8192 pixels")
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -185,9 +192,10 @@ def evaluate(
     save_masks: folder for the predicted masks, PNGs with the data set's own label values and `colors`
     Under torchrun the processes split the images and return the same scores. The model's mode is restored.
     """
+    check_short_side(short_side)
     rank, world = this_process()
     matrix = ConfusionMatrix(len(model.class_names), device)
-    protocol = {"short_side": short_side, **({"scales": SCALES, "flip": True} if multi_scale else {})}
+    protocol = {"short_side": short_side, "multi_scale": multi_scale}
     was_training = model.training
     model.eval()
     # With its own generator, the loader does not draw from the random state of training.
@@ -232,7 +240,8 @@ def start_process(device: str | None = None) -> tuple[int, int, torch.device]:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # an hour, for what one process does while the others wait, such as looking at all masks
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return *this_process(), device
 
 
@@ -269,9 +278,8 @@ def main() -> None:
     images, masks = folders or find_split(args.data or "data/ADEChallengeData2016", "val")
     if not args.val and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: the validation set of training is not here; give --val IMAGES MASKS")
-    conventions = {"ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks), **checkpoint.get("run", {})}
-    conventions |= {name: value for name, value in vars(args).items() if value is not None and name in conventions}
-    labels = {name: conventions[name] for name in ("ignore_index", "reduce_zero_label")}
+    run, labels = checkpoint.get("run", {}), {"ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks)}
+    labels = {k: run.get(k, v) if getattr(args, k) is None else getattr(args, k) for k, v in labels.items()}
     dataset = SegmentationDataset(images, masks, len(names), **labels)
     options = {"short_side": args.short_side, "multi_scale": args.multi_scale, "workers": args.workers}
     metrics = evaluate(model, dataset, device, **options, save_masks=args.save_masks, colors=colors)

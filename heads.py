@@ -77,9 +77,8 @@ class UperNetHead(nn.Module):
         super().__init__()
         *finer, coarsest = in_channels
         bins = (1, 2, 3, 6)
-        self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), conv(coarsest, channels, 1, norm=True)) for size in bins
-        )
+        pools = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(coarsest, channels, 1, norm=True)) for n in bins]
+        self.psp_modules = nn.ModuleList(pools)
         self.bottleneck = conv(coarsest + len(bins) * channels, channels, 3, norm=True)
         self.lateral_convs = nn.ModuleList(conv(c, channels, 1, norm=True) for c in finer)
         self.fpn_convs = nn.ModuleList(conv(channels, channels, 3, norm=True) for _ in finer)

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,13 @@ from tqdm import tqdm
 import data
 from clip_model import IGNORE_INDEX, MEAN, STD, load_clip
 from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, read_checkpoint, restore_model
-from eval import SCALES, label_image, predict_labels, predict_probabilities, sliding_window, start_process
+from eval import check_short_side, label_image, predict_labels, predict_probabilities, sliding_window, start_process
 from heads import resize
 
 # Seven that suffice, say CLIP's authors: github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb
 TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.")
 TEMPLATES += ("a {} in a video game.", "art of the {}.", "a photo of the small {}.")
 ONE_WINDOW = 4096  # pixels, more than any resized image's longer side
-SHORTEST = 64  # pixels that every model needs per side
 Photo = Image.Image | str | Path
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])  # purple to yellow
 HEAT = np.stack([np.interp(np.linspace(0, 4, 255), range(5), channel) for channel in HEAT.T], 1).astype(int).tolist()
@@ -62,8 +61,9 @@ class ScoreMapModel(nn.Module):
         super().__init__()
         self.encoder, self.tau, self.center = encoder, tau, center
         self.crop_size, self.short_side = sizes
-        self.class_names = [name.split("|")[0].strip() for name in names]
-        self.counts = [len(name.split("|")) for name in names]
+        known = names == encoder.class_names  # such as "sky|clouds" if that was a class's name in training
+        groups = [[name] if known else name.split("|") for name in names]
+        self.class_names, self.counts = [group[0].strip() for group in groups], [len(group) for group in groups]
 
     def forward(self, images: Tensor) -> Tensor:
         _, score_map, _ = self.encoder(images)  # (B, number of names, H4, W4), Eq. (2)
@@ -160,13 +160,10 @@ class Predictor:
         backbone: str | nn.Module | None = None,
     ):
         if (checkpoint is None) == (clip is None):
-            raise ValueError(
-                "expected a checkpoint or CLIP's weights, one of the two: --checkpoint FILE or --clip NAME"
-            )
+            raise ValueError("expected a model, one of the two: --checkpoint FILE or --clip NAME")
         if checkpoint is None and backbone or clip is None and dense:
             raise ValueError("--dense is for CLIP alone, --backbone for a checkpoint whose backbone is your own")
-        if short_side is not None and not 32 <= short_side <= 8192:
-            raise ValueError(f"short_side is {short_side}, it must be from 32 to 8192 pixels")
+        check_short_side(short_side)
         self.colors, self.reduce_zero_label, self.source = None, False, checkpoint or clip
         if clip is not None:
             self.model = self.scores = zero_shot_model(clip, class_names, dense or "value")
@@ -188,7 +185,7 @@ class Predictor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device).eval()
         self.crop_size, self.short_side = self.model.crop_size, short_side or self.model.short_side
-        self.protocol = {"scales": SCALES, "flip": True} if multi_scale else {}
+        self.protocol = {"multi_scale": multi_scale}
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def labels(self, photo: Photo) -> Tensor:
@@ -227,15 +224,9 @@ class Predictor:
         return data.eval_transform(pixels, torch.empty(0))[0].to(self.device)  # (3, H, W)
 
     def __call__(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Logits (B, K, H, W) of normalized images (B, 3, H, W): this object is the model that eval.py's functions see.
-
-        An image that is very long and narrow is extended by its last column or row.
-        """
-        height, width = images.shape[-2:]
-        shortest = min(SHORTEST, self.short_side // 2)  # half: the smallest scale's
-        padding = (0, max(0, shortest - width), 0, max(0, shortest - height))  # left, right, top, bottom
+        """Logits (B, K, H, W) of normalized images (B, 3, H, W). Thus eval.py's functions take this for a model."""
         with self.autocast():
-            return (model or self.model)(F.pad(images, padding, mode="replicate"))[..., :height, :width]
+            return (model or self.model)(images)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -374,11 +365,17 @@ def draw_pictures(predictor: Predictor, photo: Image.Image, shown: list[int], sh
         yield add_legend(paint_scores(photo, maps[k], low, high), [(None, names[k]), *heat_legend(low, high)])
 
 
-def save_picture(picture: Image.Image, file: Path) -> None:
-    """Nothing half-written gets the file's name."""
-    part = file.with_name(f".{file.name}")
-    picture.save(part)
-    os.replace(part, file)
+def save_pictures(pictures: Iterable[Image.Image], files: list[Path]) -> None:
+    """All of them or none, so that a photo which was interrupted is not skipped the next time."""
+    parts = [file.with_name(f".{file.name}") for file in files]
+    try:
+        for picture, part in zip(pictures, parts, strict=True):
+            picture.save(part)
+        for part, file in zip(parts, files, strict=True):
+            os.replace(part, file)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -465,7 +462,9 @@ def main() -> None:
         print(f"{args.export}: images (B, 3, H, W), normalized with CLIP's mean and std -> logits (B, K, H, W)")
         if not paths:
             return
-    predictor.colors, names = colors or predictor.colors, predictor.class_names
+    if colors and "," not in args.classes:  # a list's
+        predictor.colors = colors
+    names = predictor.class_names
     if predictor.model is predictor.scores:
         print("these labels come from the score maps of the names, softmax(s / tau): no head was trained for them")
     if args.score_maps and predictor.scores is None:
@@ -486,14 +485,7 @@ def main() -> None:
     todo = [path for path in paths if path not in there]
 
     def work(path: Path) -> None:
-        pictures = draw_pictures(predictor, open_photo(path), shown, args.sheet)
-        try:
-            for file, picture in zip(files[path], pictures, strict=True):
-                save_picture(picture, file)
-        except BaseException:  # all of a photo's pictures or none: with some, it would be skipped the next time
-            for file in files[path]:
-                file.unlink(missing_ok=True)
-            raise
+        save_pictures(draw_pictures(predictor, open_photo(path), shown, args.sheet), files[path])
 
     failed = for_each_image(todo, work)
     print(f"pictures of {len(todo) - failed} photos written to {args.out}, {len(there)} skipped, {failed} failed")

@@ -12,8 +12,8 @@ that eval.py needs) and log.jsonl (one JSON object per line; the first has the c
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
+import math
 import os
 import shlex
 import signal
@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clip_model import ARCHITECTURES, IGNORE_INDEX, find_weights
+from clip_model import ARCHITECTURES, IGNORE_INDEX, find_weights, resize_positions
 from data import (
     SegmentationDataset,
     TrainTransform,
@@ -47,7 +47,7 @@ from data import (
     read_classes,
     run_script,
 )
-from denseclip import PRESETS, PROMPTING, Preset, Settings, build_model, read_checkpoint, save_checkpoint
+from denseclip import PRESETS, PROMPTING, Settings, build_model, read_checkpoint, resolve, save_checkpoint
 from eval import evaluate, format_table, start_process, this_process, to_json
 
 
@@ -193,10 +193,12 @@ def train(
         paused = time.perf_counter()
         if iteration > start and (evaluating or stopping or iteration % save_every == 0):
             mean_losses(steps)  # waits for the GPU, and raises if a loss is not finite
-            states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device)}
+            states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device), "best": best}
             if rank == 0:
                 save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, data=data or {}, **states)
         if stopping:
+            if world > 1:
+                dist.barrier()  # torchrun ends the others when one leaves, perhaps before the file is written
             how = f"saved at iteration {iteration}; the same command with --resume continues there"
             raise KeyboardInterrupt(how if iteration > start else "")
 
@@ -263,12 +265,12 @@ def in_parallel(model: nn.Module) -> nn.Module:
 def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
     """start, ..., end, each with whether to save and stop: after Ctrl-C, or a scheduler's SIGTERM, in any process.
 
-    A second signal raises KeyboardInterrupt at once.
+    A second Ctrl-C raises KeyboardInterrupt at once.
     """
     asked = torch.zeros(1)
 
-    def note(*_) -> None:
-        if asked:
+    def note(number: int, _) -> None:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.fill_(1)
 
@@ -286,7 +288,7 @@ def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
 
 
 def leave_group(_: int) -> None:
-    """Of a loader's worker: signals to the run's process group, such as Ctrl-C, shall not end it before the save."""
+    """In a loader's worker: Ctrl-C, which goes to the whole process group, must not end it before the save."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 
@@ -342,9 +344,7 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
             torch.cuda.set_rng_state(states[rank]["cuda"], device)
     elif rank == 0:
         print(f"{path} is from {len(states)} processes, now {world}: same schedule and samples, dropout is reseeded")
-    best = path.with_name("best.pt")
-    same = best.is_file() and path.resolve().parent == out.resolve()
-    return done, read_checkpoint(best).get("best", -1.0) if same else -1.0
+    return done, checkpoint.get("best", -1.0) if (out / "best.pt").is_file() else -1.0
 
 
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
@@ -363,10 +363,9 @@ def start_log(out: Path, run: dict, device: torch.device, accumulate: int, new: 
     out.mkdir(parents=True, exist_ok=True)
     if new and this_process()[0] == 0:
         (out / "log.jsonl").unlink(missing_ok=True)
-    versions = {"python": sys.version.split()[0]}
-    versions |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
-    record = {"command": shlex.join(sys.argv), "versions": versions, "device": str(device)}
-    write_log(out, {**record, "processes": this_process()[1], "accumulate": accumulate, "run": run})
+    record = {"command": shlex.join(sys.argv), "python": sys.version.split()[0], "torch": torch.__version__}
+    record |= {"device": str(device), "processes": this_process()[1], "accumulate": accumulate, "run": run}
+    write_log(out, record)
 
 
 def write_log(out: Path, record: dict) -> None:
@@ -392,7 +391,7 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
     first("--out", type=Path, default=Path(out), metavar="DIR", help=d)
     option = parser.add_argument_group("model").add_argument
-    option("--init", metavar="PATH", help="start from this checkpoint: its model, and its weights as far as they fit")
+    option("--init", metavar="PATH", help="start from this checkpoint: its model, settings and all weights that fit")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, help="where the text comes from; none: baseline (default: post)")
     option("--backbone", metavar="NAME", help="instead of CLIP's: resnet50, swin_t, ..., or package.module:function")
@@ -419,7 +418,7 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     option("--log-every", type=positive, default=50, metavar="ITERATIONS", help=d)
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help=f"loader processes per process {d}")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
-    option("--no-check", dest="check", action="store_false", help="do not look at all masks and validation files first")
+    option("--no-check", dest="check", action="store_false", help="skip the check of all masks and validation images")
 
 
 def positive(text: str) -> int:
@@ -451,50 +450,49 @@ def find_run(out: Path, resume: str | None) -> Path | None:
 def choose_model(presets: Iterable[str], model: str | None, init: str | None, settings: dict) -> tuple[str, dict, dict]:
     """The model's name and settings from the options of the same names, and what --init holds, if given."""
     saved = read_checkpoint(init) if init else {}
-    if init and model not in (None, saved["name"]):
-        raise ValueError(f"--init {init}: it holds {saved['name']}, so --model {model} cannot start from it")
-    settings = saved.get("settings", {}) | {name: value for name, value in settings.items() if value is not None}
-    if settings.get("stored_text"):
+    if init and saved["name"] not in ([model] if model else presets):
+        raise ValueError(f"--init {init}: it holds {saved['name']}, not {model or ' or '.join(presets)}")
+    theirs, settings = saved.get("settings", {}), {k: v for k, v in settings.items() if v is not None}
+    if theirs.get("stored_text"):
         raise ValueError(f"--init {init}: freeze_text dropped its text encoder; give the checkpoint it was made from")
+    if ":" in (theirs.get("backbone") or "") and "backbone" not in settings:  # a checkpoint alone imports no code
+        raise ValueError(f"--init {init}: its backbone is your own code: --backbone {theirs['backbone']} imports it")
     # Released code: a backbone that is not CLIP's gets the text encoder of ViT-B/16
     default = "vitb16" if settings.get("backbone") and "vitb16" in presets else next(iter(presets))
-    return model or saved.get("name", default), settings, saved
+    name = model or saved.get("name", default)
+    # of the checkpoint's settings, those that have an effect beside the options
+    kind = {k: theirs[k] for k in ("prompting", "backbone", "head") if theirs.get(k)} | settings
+    used = asdict(resolve(Settings(**kind), getattr(presets[name], "encoder", presets[name])))
+    return name, {k: v for k, v in theirs.items() if used.get(k) is not None} | settings, saved
 
 
-def start_model(
-    build, name, preset, class_names, settings, saved, resume, *, init, clip, backbone_weights, seed, device
-):
+def start_model(build, name, preset, names, settings, saved, resume, *, init, clip, backbone_weights, seed, device):
     """The model that training starts from, what a `Recipe` says of its weights, and this process's device.
 
     build: build_model, of denseclip.py or detection.py; name, settings, saved: from `choose_model`; preset: the name's;
     the others are the options of the same names
     """
+    backbone = settings.get("backbone")
+    if backbone_weights not in (None, "none") and not backbone:
+        raise ValueError(f"--backbone-weights {backbone_weights} has no effect without --backbone")
     if init and (clip or backbone_weights):
         raise ValueError(f"--init {init} has all weights: leave out --clip and --backbone-weights")
     if not init:
-        clip, backbone_weights = initial_weights(preset, settings, clip, backbone_weights)
+        clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
+        backbone_weights = backbone_weights or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
+    if clip == "none" or backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
+        clip = None
+    backbone_weights = None if backbone_weights == "none" else backbone_weights
     if not resume:  # before the processes join, since a download may outlast the process group's timeout
-        fetch_weights(clip, settings.get("backbone"), backbone_weights)
+        fetch_weights(clip, backbone, backbone_weights)
     rank, _, device = start_process(device)
     torch.manual_seed(seed)  # the same initial weights in every process
     here = rank == 0 and not resume  # one process reads weights, the others get its parameters
     weights = {"clip": clip, "backbone_weights": backbone_weights}
-    model = build(name, class_names, **settings, **(weights if here else {}))
+    model = build(name, names, **settings, **(weights if here else {}))
     if here and init:
         print(f"{init}: {load_fitting(model, saved['model'], init)}")
     return model, {"init": init, **weights}, device
-
-
-def initial_weights(preset: Preset, settings: dict, clip: str | None, weights: str | None) -> tuple:
-    """CLIP's and the backbone's weights: names or files, None for random or unused ones."""
-    backbone = settings.get("backbone")
-    if weights not in (None, "none") and not backbone:
-        raise ValueError(f"--backbone-weights {weights} has no effect without --backbone")
-    clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
-    if clip == "none" or backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
-        clip = None
-    weights = weights or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
-    return clip, None if weights == "none" else weights
 
 
 def fetch_weights(clip: str | None, backbone: str | None, backbone_weights: str | None) -> None:
@@ -504,30 +502,32 @@ def fetch_weights(clip: str | None, backbone: str | None, backbone_weights: str 
         except OSError as error:
             raise ValueError(f"{error}; or --clip none for random weights") from None
     if backbone_weights:
-        from backbones import load_torchvision  # here, since importing torchvision takes seconds
+        from backbones import build_backbone  # here, since importing torchvision takes seconds
 
-        load_torchvision(backbone, backbone_weights)
+        build_backbone(backbone, backbone_weights)
 
 
 def load_fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> str:
-    """Load the weights that fit a model of other classes; return what does not and keeps its initial values.
+    """Copy the weights that fit into a model of other classes; return a sentence about the rest.
 
-    Of convolutions that the score map joins, the part that belongs to the image's own channels fits.
+    Where the score map joins a convolution's input, the weights of the image's own channels are copied.
     """
-    own, encoder, anew = model.state_dict(), model.encoder, []
+    own, encoder, new = model.state_dict(), model.encoder, []
     image = getattr(encoder.backbone, "channels", encoder.channels)[getattr(encoder.backbone, "score_level", -1)]
     for name, value in own.items():
         found = weights.get(name)
         if found is not None and found.shape == value.shape:
             value.copy_(found)
-        elif found is not None and found.ndim == 4 and (len(found), *found.shape[2:]) == (len(value), *value.shape[2:]):
-            value[:, :image] = found[:, :image]
-            anew.append(f"{name} (score map)")
+        elif found is not None and name.startswith("encoder.backbone.") and name.endswith("positional_embedding"):
+            value.copy_(resize_positions(found, (math.isqrt(len(value) - 1),) * 2))  # of another crop size
+        elif found is not None and found.ndim == 4 and found[:, :image].shape == value[:, :image].shape:
+            value[:, :image] = found[:, :image]  # (out, C_i, k, k)
+            new.append(f"{name} (score map)")
         else:
-            anew.append(name)
-    if len(anew) > len(own) // 2:
-        raise ValueError(f"{source}: only {len(own) - len(anew)} of the model's {len(own)} weights fit")
-    return f"{len(own) - len(anew)} of {len(own)} weights fit; new: {', '.join(anew) or 'none'}"
+            new.append(name)
+    if len(new) > len(own) // 2:
+        raise ValueError(f"{source}: only {len(own) - len(new)} of the model's {len(own)} weights fit")
+    return f"{len(own) - len(new)} of {len(own)} weights fit; new: {', '.join(new) or 'none'}"
 
 
 def parse_settings(pairs: list[str]) -> dict:
@@ -549,17 +549,12 @@ def parse_settings(pairs: list[str]) -> dict:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("train.py", "python train.py [options]", __doc__, formatter_class=raw)
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--backbone")
-    early.add_argument("--optimizer")
-    chosen, _ = early.parse_known_args()
-    recipe = SGD if chosen.optimizer == "sgd" else SWIN if chosen.backbone in ("swin_t", "swin_s") else Recipe()
     first = parser.add_argument_group("what most runs need").add_argument
     first("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders (default: those of --data)")
-    first("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="likewise")
+    first("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders (default: those of --data)")
     listed = 'list in classes/, file, or "sky, grass" (default: ROOT/classes.txt, or ADE20K\'s)'
     first("--classes", metavar="LIST", help=listed)
-    add_options(parser, first, PRESETS, recipe, "runs/denseclip")
+    add_options(parser, first, PRESETS, Recipe(), "runs/denseclip")
     option = parser.add_argument_group("data").add_argument
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
     option("--ignore-index", type=int, default=IGNORE_INDEX, metavar="VALUE", help="mask value to ignore, besides 255")
@@ -567,6 +562,9 @@ def main() -> None:
     option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
     option("--short-side", type=positive, metavar="PIXELS", help="fit images in (2048, this) (default: the crop size)")
     args = parser.parse_args()
+    recipe = SGD if args.optimizer == "sgd" else SWIN if args.backbone in ("swin_t", "swin_s") else Recipe()
+    parser.set_defaults(**asdict(recipe) | {"reduce_zero_label": None, "warmup": None})
+    args = parser.parse_args()  # again, with the recipe's defaults
     if args.train and not args.val:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
 
@@ -578,14 +576,12 @@ def main() -> None:
         raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, {class_lists()}")
     class_names, colors = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
-    settings = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")} | parse_settings(
-        args.set
-    )
-    name, settings, saved = choose_model(PRESETS, args.model, args.init, settings)
+    own = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")}
+    init = resume if resume and args.init else args.init  # a resumed run has the settings itself
+    name, settings, saved = choose_model(PRESETS, args.model, init, own | parse_settings(args.set))
     chosen = {name: getattr(args, name) for name in ("init", "clip", "backbone_weights", "seed", "device")}
-    model, weights, device = start_model(
-        build_model, name, PRESETS[name], class_names, settings, saved, resume, **chosen
-    )
+    preset = PRESETS[name]
+    model, weights, device = start_model(build_model, name, preset, class_names, settings, saved, resume, **chosen)
     reduce_zero_label = is_ade20k(train_masks) if args.reduce_zero_label is None else args.reduce_zero_label
     labels = {"ignore_index": args.ignore_index, "reduce_zero_label": reduce_zero_label}
     transform = TrainTransform(model.crop_size, (2048, model.short_side))

@@ -323,7 +323,7 @@ def test_data_are_looked_at_before_training(tmp_path):
     assert "1-based" not in check([[2, 2, 0, 3]], reduce_zero_label=True)
     assert "masks of two classes hold 0 and 1" in check([[0, 0, 255]], ("road", "sky"))
     assert "warning: 95.0 % of the training pixels are ignored" in check([[255] * 19 + [1]])
-    with pytest.raises(ValueError, match="all pixels of the training masks are ignored .* check --ignore-index"):
+    with pytest.raises(ValueError, match="masks: all pixels of the masks are ignored; check --ignore-index"):
         check([[255, 255]])
     with pytest.raises(ValueError, match="one.png: value 7 is not a class"):
         check([[0, 7]])

@@ -93,16 +93,23 @@ def test_pictures_of_a_folder(checkpoint, photos, tmp_path, monkeypatch, capsys)
     assert "pictures of 4 photos written" in capsys.readouterr().out
 
 
-def test_an_interrupted_photo_leaves_no_pictures(checkpoint, photos, tmp_path, monkeypatch):
-    def stop(picture, file):
-        if file.name == "1_labels.png":
-            raise KeyboardInterrupt
-        predict.Image.Image.save(picture, file)
+def test_an_interrupted_photo_leaves_what_was_there(tmp_path):
+    def pictures():
+        yield Image.new("RGB", (8, 8))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "save_picture", stop)
+    (tmp_path / "a.png").write_bytes(b"before")
     with pytest.raises(KeyboardInterrupt):
-        run(predict, monkeypatch, photos, "--checkpoint", checkpoint, "--out", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "0_labels.png"]
+        predict.save_pictures(pictures(), [tmp_path / "a.png", tmp_path / "b.png"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"
+
+
+def test_a_bar_in_a_trained_name_is_part_of_the_name(photos, tmp_path, monkeypatch):
+    names = ["sky|clouds", *NAMES[1:]]
+    save_checkpoint(tmp_path / "best.pt", build_model("tiny", names, crop_size=64))
+    options = ["--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "out", "--score-maps", "all"]
+    run(predict, monkeypatch, photos / "0.png", *options)
+    assert len(list((tmp_path / "out").iterdir())) == 2 + len(names)
 
 
 @pytest.mark.parametrize("multi_scale, reduce_zero_label", [(False, True), (True, False)])

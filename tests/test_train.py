@@ -16,6 +16,7 @@ from helpers import NAMES, error_line, make_folders, run, torchrun
 from PIL import Image
 
 import train as training
+from clip_model import resize_positions
 from data import IterationSampler, SegmentationDataset, TrainTransform, read_classes
 from denseclip import build_model, load_checkpoint, read_checkpoint, save_checkpoint
 from eval import evaluate
@@ -320,11 +321,25 @@ def test_init_starts_from_what_fits(folders, tmp_path, monkeypatch, capsys):
     def refuse(path, *options):
         return error_line(training, capsys, monkeypatch, *data, "--out", tmp_path / "no", "--init", path, *options)
 
+    # Settings without effect beside the options are left out; another crop size resizes the positions
+    new = ["--prompting", "none", "--set", "crop_size=128"]
+    run(training, monkeypatch, *data, "--out", tmp_path / "run", "--init", tmp_path / "best.pt", "--no-check", *new)
+    assert begun["model"].settings.prompting == "none" and begun["model"].settings.num_contexts is None
+    new[1] = "post"
+    run(training, monkeypatch, *data, "--out", tmp_path / "run", "--init", tmp_path / "best.pt", "--no-check", *new)
+    positions = begun["model"].encoder.backbone.attnpool.positional_embedding
+    assert torch.equal(positions, resize_positions(saved.encoder.backbone.attnpool.positional_embedding, (4, 4)))
+
     assert "leave out --clip" in refuse(tmp_path / "best.pt", "--clip", "none")
     assert "it holds tiny" in refuse(tmp_path / "best.pt", "--model", "tiny_vit")
     save_checkpoint(tmp_path / "frozen.pt", saved.freeze_text())
     assert "freeze_text dropped its text encoder" in refuse(tmp_path / "frozen.pt")
     assert "no such checkpoint" in refuse(tmp_path / "none.pt")
+    code = {"name": "tiny", "settings": {"backbone": "evil:boom"}, "class_names": ["a", "b"], "model": {}}
+    torch.save(code, tmp_path / "evil.pt")
+    assert "--backbone evil:boom imports it" in refuse(tmp_path / "evil.pt")  # nothing is imported without the option
+    torch.save(code | {"name": "retinanet_tiny"}, tmp_path / "detector.pt")
+    assert "it holds retinanet_tiny, not rn50" in refuse(tmp_path / "detector.pt")
 
 
 def test_a_resumed_run_keeps_its_best_model_and_repeats_a_missed_evaluation(folders, tmp_path, monkeypatch):
