@@ -306,6 +306,7 @@ def test_weights_of_other_projects_are_unwrapped(wrap, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_vit_is_torchvisions(tmp_path):
     torch.manual_seed(0)
     net = torchvision.models.vit_b_16(weights=None).eval()

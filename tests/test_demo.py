@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from helpers import run
 from PIL import Image
@@ -26,6 +27,7 @@ def test_drawings_are_the_same_every_time(tmp_path):
     assert all(mask.max() <= len(demo.CLASSES) for mask in masks)
 
 
+@pytest.mark.slow
 def test_demo_runs_and_leaves_pictures(tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     monkeypatch.setattr(demo, "draw_dataset", lambda root, draw=demo.draw_dataset: draw(root, train=16, val=9))

@@ -253,6 +253,7 @@ def check_detections(golden, model, batch):
         assert (same_box & same_label & same_score).any(1).sum() >= 98
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_retinanet_detects_what_the_released_code_detects(tmp_path):
     check_detections(*detector("retinanet", tmp_path)[1:])

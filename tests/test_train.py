@@ -200,7 +200,7 @@ def test_frozen_text_encoder_stays_and_the_rest_moves(folders, tmp_path):
     assert moved == {name for name in before if ".text_encoder." not in name}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_is_exact(folders, tmp_path, workers):
     """Six iterations are three, a stop, and three more: weights, optimizer and random states bit for bit."""
     small_run(folders, tmp_path / "whole", workers=workers)
@@ -230,7 +230,7 @@ def test_resume_is_exact(folders, tmp_path, workers):
     assert all(same(whole[key], parts[key]) for key in whole)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_terminated_run_is_saved_and_resumes_exactly(folders, tmp_path, workers):
     """SIGTERM during the fourth of six iterations, which is finished and saved; the whole process group gets it."""
     small_run(folders, tmp_path / "whole")
