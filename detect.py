@@ -45,8 +45,7 @@ def train_detector(args: argparse.Namespace) -> None:
     train_files = args.train or find_coco(args.data, "train")
     val_files = args.val or find_coco(args.data, "val")
     own = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")}
-    init = resume if resume and args.init else args.init  # a resumed run has the settings itself
-    name, settings, saved = choose_model(PRESETS, args.model, init, own | parse_settings(args.set))
+    name, settings, saved = choose_model(PRESETS, args.model, args.init, resume, own | parse_settings(args.set))
     limits, load_masks = detection_limits(settings.get("short_side", 800)), name.startswith("mask")
     train_set = CocoDetection(*train_files, DetectionTransform(limits, flip=0.5), load_masks=load_masks, train=True)
     names = train_set.class_names

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -243,14 +243,7 @@ def train(
         if done % log_every == 0 or done == recipe.iterations:
             record = {"iteration": done, **mean_losses(steps), "lr": max(g["lr"] for g in optimizer.param_groups)}
             seconds = (time.perf_counter() - clock) / len(steps) * accumulate  # per iteration, without the pauses
-            record["images_per_second"] = recipe.batch_size / seconds
-            record["eta_seconds"] = seconds * (recipe.iterations - done)
-            if device.type == "cuda":
-                record["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-            write_log(out, record)
-            if rank == 0:
-                shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
-                tqdm.write(" | ".join(shown))
+            log_progress(out, record, seconds, recipe, device)
             steps, clock = [], time.perf_counter()
     return metrics
 
@@ -368,6 +361,17 @@ def start_log(out: Path, run: dict, device: torch.device, accumulate: int, new: 
     write_log(out, record)
 
 
+def log_progress(out: Path, record: dict, seconds: float, recipe: Recipe, device: torch.device) -> None:
+    """A line of the log, which is printed, too. record: iteration, losses and learning rate; seconds: per iteration"""
+    record |= {"images_per_second": recipe.batch_size / seconds}
+    record |= {"eta_seconds": seconds * (recipe.iterations - record["iteration"])}
+    if device.type == "cuda":
+        record["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    write_log(out, record)
+    if this_process()[0] == 0:
+        tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+
+
 def write_log(out: Path, record: dict) -> None:
     """Append one line to log.jsonl, in the first process."""
     if this_process()[0] == 0:
@@ -447,8 +451,9 @@ def find_run(out: Path, resume: str | None) -> Path | None:
     return path
 
 
-def choose_model(presets: Iterable[str], model: str | None, init: str | None, settings: dict) -> tuple[str, dict, dict]:
+def choose_model(presets: dict, model: str | None, init: str | None, resume: Path | None, settings: dict) -> tuple:
     """The model's name and settings from the options of the same names, and what --init holds, if given."""
+    init = resume if resume and init else init  # a resumed run has the settings itself
     saved = read_checkpoint(init) if init else {}
     if init and saved["name"] not in ([model] if model else presets):
         raise ValueError(f"--init {init}: it holds {saved['name']}, not {model or ' or '.join(presets)}")
@@ -577,8 +582,7 @@ def main() -> None:
     class_names, colors = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
     own = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")}
-    init = resume if resume and args.init else args.init  # a resumed run has the settings itself
-    name, settings, saved = choose_model(PRESETS, args.model, init, own | parse_settings(args.set))
+    name, settings, saved = choose_model(PRESETS, args.model, args.init, resume, own | parse_settings(args.set))
     chosen = {name: getattr(args, name) for name in ("init", "clip", "backbone_weights", "seed", "device")}
     preset = PRESETS[name]
     model, weights, device = start_model(build_model, name, preset, class_names, settings, saved, resume, **chosen)

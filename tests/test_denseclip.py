@@ -337,8 +337,8 @@ def test_unreadable_checkpoints_are_named(tmp_path):
 @pytest.mark.parametrize(
     "files, code",
     [
-        (["clip_model.py"], "import clip_model"),
-        (["heads.py"], "import heads"),
+        pytest.param(["clip_model.py"], "import clip_model", marks=pytest.mark.slow),
+        pytest.param(["heads.py"], "import heads", marks=pytest.mark.slow),
         (["tokenizer.py"], "import tokenizer; assert tokenizer.tokenize('a cat').shape == (1, 77)"),
         (
             ["denseclip.py", "clip_model.py", "tokenizer.py", "heads.py"],

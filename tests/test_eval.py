@@ -256,6 +256,7 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch):
         evaluation.start_process("cuda:1")
 
 
+@pytest.mark.slow
 def test_conventions_of_the_training_data_are_the_checkpoints(folders, tmp_path, monkeypatch, capsys):
     """Masks are read as in training, unless an option says otherwise."""
     images, masks = folders

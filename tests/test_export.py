@@ -99,7 +99,8 @@ def test_zero_shot_score_maps_export(architecture, dense, tmp_path):
 CASES = [(name, prompting) for name in ("tiny_vit", "tiny") for prompting in PROMPTING if prompting != "pre"]
 
 
-@pytest.mark.parametrize("name, prompting", [CASES[0], *(pytest.param(*case, marks=slow) for case in CASES[1:])])
+@slow
+@pytest.mark.parametrize("name, prompting", CASES)
 @torch.no_grad()
 def test_frozen_models_compile_without_a_graph_break(name, prompting):
     model = random_model(name, prompting=prompting).freeze_text()

@@ -230,7 +230,7 @@ def test_resume_is_exact(folders, tmp_path, workers):
     assert all(same(whole[key], parts[key]) for key in whole)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_terminated_run_is_saved_and_resumes_exactly(folders, tmp_path, workers):
     """SIGTERM during the fourth of six iterations, which is finished and saved; the whole process group gets it."""
     small_run(folders, tmp_path / "whole")
@@ -549,6 +549,7 @@ def test_options_out_of_range_are_named(monkeypatch, capsys):
         assert stop.value.code == 2 and options[0] in error and error.count("\n") == 2, error
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_can_be_resumed(folders, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *arguments(folders, tmp_path / "run", "--iterations", "100000")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
