@@ -586,6 +586,7 @@ def main() -> None:
     chosen = {name: getattr(args, name) for name in ("init", "clip", "backbone_weights", "seed", "device")}
     preset = PRESETS[name]
     model, weights, device = start_model(build_model, name, preset, class_names, settings, saved, resume, **chosen)
+    torch.backends.cudnn.benchmark = True  # all crops have the same size
     reduce_zero_label = is_ade20k(train_masks) if args.reduce_zero_label is None else args.reduce_zero_label
     labels = {"ignore_index": args.ignore_index, "reduce_zero_label": reduce_zero_label}
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
