@@ -81,9 +81,13 @@ FILES = {  # on the server: sha256 of the file / its name
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Multi-head attention. q: (B, N, D); k, v: (B, M, D); mask: (N, M), added to the logits; return: (B, N, D)."""
+    """Multi-head attention. q: (B, N, D); k, v: (B, M, D); mask: (N, M), True: sees; return: (B, N, D)."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, D / heads)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, D / heads)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and mask is None and not q.requires_grad:
+        # PyTorch's fused kernel for CPUs is no faster in bf16 than in fp32; plain products are
+        x = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v  # (B, heads, N, D / heads)
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, D / heads)
     return x.transpose(1, 2).flatten(2)  # (B, N, D)
 
 
@@ -208,7 +212,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's models; most models that open_clip trained use nn.GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702  # silu(x) = x * sigmoid(x); keeps one tensor for the gradient, not two
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -232,7 +236,7 @@ class ResidualAttentionBlock(nn.Module):
         return branch * (keep / (1 - self.drop_path)).to(branch.dtype)  # (B, N, D)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, D); mask: (N, N), added to the attention logits; return: (B, N, D)."""
+        """x: (B, N, D); mask: (N, N), True where a token (row) sees another (column); return: (B, N, D)."""
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)  # (B, N, 3D)
         y = self.attn.out_proj(attention(*qkv.chunk(3, dim=2), self.attn.num_heads, mask))  # (B, N, D)
         x = x + self.apply_drop_path(y)  # (B, N, D)
@@ -253,7 +257,7 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * layers) ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """x: (B, N, D); mask: (N, N), added to the attention logits; return: the output of every block, (B, N, D)."""
+        """x: (B, N, D); mask: (N, N), as of each block; return: the output of every block, (B, N, D)."""
         outputs = []
         for block in self.resblocks:
             x = block(x, mask)  # (B, N, D)
@@ -333,10 +337,36 @@ class TextEncoder(nn.Module):
         if length > self.context_length:
             raise ValueError(f"text of {length} tokens, but the text encoder has {self.context_length} positions")
         x = x + self.positional_embedding[:length].to(x.dtype)  # (BK, N + L, D), without contexts (K, L, D)
-        mask = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)  # causal
-        x = self.transformer(x, mask)[-1]  # (BK, N + L, D)
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        x = self.transformer(x, causal)[-1]  # (BK, N + L, D)
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection  # at EOT: (BK, C)
         return x if contexts is None else x.view(num_images, num_texts, -1)  # (B, K, C)
+
+    def forward_shared(self, tokens: Tensor, contexts: Tensor) -> Tensor:
+        """The same as `forward` with contexts, for a third of the work: texts share their start token and contexts.
+
+        These come first and attention is causal, so they are the same in all texts. They stand once at the beginning of
+        a sequence, and the names of some 32 texts follow: [SOT, p, e_1, EOT, e_2, EOT, ...]. The mask lets each name
+        see SOT, p and itself, and each name's positions are those that it has alone.
+        """
+        (num_images, num_contexts), (num_texts, length) = contexts.shape[:2], tokens.shape  # (B, N), (K, L)
+        first, rest = num_contexts + 1, length - 1  # tokens that are shared, and of each name
+        rows = -(-num_texts // 32)  # R sequences per image
+        size = -(-num_texts // rows)  # names per sequence; the last may have a few that are padding
+        start = self.token_embedding(tokens[:1, :1]).expand(num_images, -1, -1)  # (B, 1, D)
+        shared = torch.cat([start, contexts], dim=1)[:, None].expand(-1, rows, -1, -1)  # (B, R, 1 + N, D)
+        names = F.pad(tokens[:, 1:], (0, 0, 0, rows * size - num_texts)).view(rows, -1)  # (R, size (L - 1))
+        names = self.token_embedding(names).expand(num_images, -1, -1, -1)  # (B, R, size (L - 1), D)
+        x = torch.cat([shared, names], dim=2).flatten(0, 1)  # (BR, M, D), M = 1 + N + size (L - 1)
+
+        index = torch.arange(x.shape[1], device=x.device) - first  # (M,), below 0: shared
+        name = index.div(rest, rounding_mode="floor").clamp(min=-1)  # (M,), -1: shared
+        position = torch.where(index < 0, index, index % rest) + first  # (M,)
+        sees = ((name[:, None] == name) | (name < 0)) & (position[:, None] >= position)  # (M, M)
+        x = x + self.positional_embedding[position].to(x.dtype)  # (BR, M, D)
+        x = self.transformer(x, sees)[-1][:, first:].reshape(num_images, rows * size, rest, -1)  # (B, R size, L - 1, D)
+        x = x[:, torch.arange(num_texts, device=x.device), tokens.argmax(dim=1) - 1]  # at EOT: (B, K, D)
+        return self.ln_final(x) @ self.text_projection  # (B, K, C)
 
 
 # ------------------------------------------------------------------------------------------------ CLIP
@@ -380,7 +410,7 @@ def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = No
     model = CLIP(read_architecture(weights, name_or_path), quick_gelu)
     names = {key: key if key.startswith(("visual.", "logit_scale")) else f"text.{key}" for key in weights}
     load_weights(model, {names[key]: value for key, value in weights.items()}, name_or_path)
-    return model.eval()
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -147,7 +147,7 @@ def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
         gray = np.asarray(image).astype(np.int64)  # (H, W)
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     via = image.convert("RGBA") if "transparency" in image.info else image  # or Pillow warns about palettes
-    return via.convert("RGB")
+    return via if via.mode == "RGB" else via.convert("RGB")
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
@@ -181,6 +181,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.pairs = [(path, masks[stem]) for stem, path in images.items()]
         self.num_classes, self.transform = num_classes, transform or eval_transform
         self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
+        self.labels = self.to_labels(np.arange(256))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -215,20 +216,27 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     collate = staticmethod(torch.utils.data.default_collate)  # images (B, 3, H, W), labels (B, H, W), paths
 
+    def to_labels(self, values: np.ndarray) -> np.ndarray:
+        """Mask values as labels: in [0, K), 255 for the ignored ones, -1 for what is not a class."""
+        ignored = (values == IGNORE_INDEX) | (values == self.ignore_index) | ((values == 0) & self.reduce_zero_label)
+        labels = values - int(self.reduce_zero_label)
+        labels[(labels < 0) | (labels >= self.num_classes)] = -1
+        return np.where(ignored, IGNORE_INDEX, labels).astype(np.int16)
+
     def read_label(self, path: Path) -> Tensor:
         """A mask of 1, 8 or 16 bits, or the indices of a palette image, as labels: (H, W) uint8 in [0, K) or 255."""
         image, first = open_image(path), int(self.reduce_zero_label)
-        mask = np.asarray(image).astype(np.int64)  # (H, W), or of gray values as RGB (H, W, 3)
+        mask = np.asarray(image)  # (H, W), or of gray values as RGB (H, W, 3)
         if image.mode in ("RGB", "RGBA") and (mask[..., :3] == mask[..., :1]).all():
             mask = mask[..., 0]
         elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             folder = Path(os.path.abspath(path)).parent
             facts = {"mode": image.mode, "folder": folder, "name": folder.name, "suffix": path.suffix}
             raise ValueError(f"{path}: {FROM_COLORS.format(**facts)}")
-        ignored = (mask == IGNORE_INDEX) | (mask == self.ignore_index) | ((mask == 0) & self.reduce_zero_label)
-        label = np.where(ignored, IGNORE_INDEX, mask - first)
-        if (wrong := ~ignored & ((label < 0) | (label >= self.num_classes))).any():
-            values, last = ", ".join(map(str, np.unique(mask[wrong])[:8])), self.num_classes - 1 + first
+        # a table for bytes, the usual case: masks have hundreds of thousands of pixels
+        label = self.labels.take(mask) if mask.dtype == np.uint8 else self.to_labels(mask.astype(np.int64))  # (H, W)
+        if label.min() < 0:
+            values, last = ", ".join(map(str, np.unique(mask[label < 0])[:8])), self.num_classes - 1 + first
             what = f"value {values} is not a class; the classes are {first} to {last}, 255 is ignored"
             how = "--ignore-index ignores another value, --reduce-zero-label ignores 0 and makes 1 the first class"
             raise ValueError(f"{path}: {what}; {how}")
@@ -286,7 +294,7 @@ def resize_to_fit(image: Tensor, limits: tuple[int, int]) -> Tensor:
 
 def normalize(image: Tensor) -> Tensor:
     """RGB (3, H, W) in [0, 1] with CLIP's mean and standard deviation."""
-    return (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (image - torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
 
 
 def uniform(low: float, high: float) -> float:
@@ -324,8 +332,10 @@ class TrainTransform:
             image, label = image.flip(-1), label.flip(-1)
         image = normalize(photometric_distortion(image / 255))  # (3, height, width)
         padding = [0, self.crop_size - width, 0, self.crop_size - height]  # left, right, top, bottom
-        image = F.pad(image, padding, value=0)  # (3, crop, crop); after normalization 0 is the mean color
-        return image, F.pad(label, padding, value=IGNORE_INDEX).long()
+        if any(padding):
+            image = F.pad(image, padding, value=0)  # (3, crop, crop); after normalization 0 is the mean color
+            label = F.pad(label, padding, value=IGNORE_INDEX)  # (crop, crop)
+        return image, label.long()
 
 
 def random_crop_box(label: Tensor, crop_size: int, max_share: float = 0.75, tries: int = 10) -> tuple[int, ...]:
@@ -369,11 +379,17 @@ def scale_saturation(image: Tensor, factor: float) -> Tensor:
 
 def shift_hue(image: Tensor, shift: float) -> Tensor:
     """HSV hue plus `shift`, in full circles; saturation and value stay."""
-    (r, g, b), value, chroma = image, image.amax(0), image.amax(0) - image.amin(0)  # (H, W)
-    sixth = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g)) / chroma.clamp_min(1e-12)  # (H, W)
-    hue = sixth + torch.where(value == r, 0, torch.where(value == g, 2, 4)) + 6 * shift  # (H, W), in sixths of a circle
-    k = (hue + torch.tensor([5, 3, 1]).view(3, 1, 1)) % 6  # (3, H, W)
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)  # (3, H, W)
+    low, value = image.amin(0), image.amax(0)  # (H, W)
+    chroma = value - low
+    r, g, b = pure = (image - low).div_(chroma.clamp_min(1e-12))  # (3, H, W), the smallest channel 0, the largest 1
+    above = (pure * 1e30).clamp_(max=1)  # (3, H, W), 0: the smallest channel; products are faster here than torch.where
+    # in sixths of a circle, red at 0: one formula where blue is smallest, one where red is, one where green is
+    hue = torch.lerp(g - r + 1, torch.lerp(b - g + 3, r - b + 5, above[0]), above[2]) + 6 * shift  # (H, W)
+    hue -= (hue / 6).floor_().mul_(6)
+    pure = (hue - torch.tensor([3.0, 2.0, 4.0]).view(3, 1, 1)).abs_()  # (3, H, W)
+    pure[0] -= 1
+    pure[1:].neg_().add_(2)
+    return pure.clamp_(0, 1).mul_(chroma).add_(low)
 
 
 class IterationSampler(torch.utils.data.Sampler):

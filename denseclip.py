@@ -23,6 +23,8 @@ CLIP's ResNets need backbones.py, too.
 For a ResNet H4 = H / 32. For a ViT H4 = H / patch size, and x3 has this size, so the score map joins x3.
 """
 
+import contextlib
+import ctypes
 import os
 import pickle
 from collections.abc import Callable
@@ -120,7 +122,7 @@ class LanguageGuidedEncoder(nn.Module):
         if self.prompt_decoder is not None:
             # Eq. (4): v = TransDecoder(q, [z_bar, z]), and v replaces p in Eq. (3)
             contexts = self.prompt_decoder(self.queries.expand(memory.shape[0], -1, -1), memory)  # (B, N, D)
-            return self.text_encoder(self.tokens, contexts)  # (B, K, C)
+            return self.text_encoder.forward_shared(self.tokens, contexts)  # (B, K, C)
         if self.training or isinstance(self.text_encoder, StoredText):
             return self.encode_text().expand(memory.shape[0], -1, -1)
         if self.cached_text is None:  # in full precision and usable by autograd, whatever mode the first caller was in
@@ -132,7 +134,9 @@ class LanguageGuidedEncoder(nn.Module):
         """t = TextEncoder([p, e_k]), Eq. (3), (1, K, C). Several templates are averaged as in CLIP's zero-shot."""
         if isinstance(self.text_encoder, StoredText):
             return self.text_encoder.embeddings
-        text = self.text_encoder(self.tokens, self.contexts).view(len(self.templates), -1, self.text_encoder.embed_dim)
+        if self.contexts is not None:
+            return self.text_encoder.forward_shared(self.tokens, self.contexts)
+        text = self.text_encoder(self.tokens).view(len(self.templates), -1, self.text_encoder.embed_dim)
         return text if len(text) == 1 else F.normalize(text, dim=2).mean(0, keepdim=True)
 
     @torch.no_grad()
@@ -266,8 +270,36 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits: (B, K, h, w), any size; labels: (B, H, W)
     Released code: the mean is over all pixels; ignored ones count as 0.
     """
-    logits = resize(logits.float(), labels.shape[-2:])  # (B, K, H, W)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / labels.numel()
+    return PixelCrossEntropy.apply(logits.float(), labels)
+
+
+class PixelCrossEntropy(torch.autograd.Function):
+    """Up-samples and scores one image at a time and computes the gradient at once, to save memory and time.
+
+    The logits at full size (157 MB per image with 150 classes, 512 x 512 pixels) never exist for the whole batch, and
+    the softmax runs over classes that lie side by side in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        total, gradients = 0, []
+        for x, y in zip(logits.split(1), labels.flatten(1), strict=True):  # (1, K, h, w), (HW,)
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+            with torch.enable_grad():
+                pixels = resize(x, labels.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)  # (HW, K)
+            weight = (y != IGNORE_INDEX)[:, None] / labels.numel()  # (HW, 1)
+            y = y[:, None].where(weight > 0, 0)  # (HW, 1)
+            log_p = pixels.log_softmax(dim=1)  # (HW, K)
+            total = total - (log_p.gather(1, y) * weight).sum()
+            # d loss / d logits = softmax - one-hot
+            gradient = log_p.exp_().scatter_add_(1, y, -torch.ones_like(weight)).mul_(weight)  # (HW, K)
+            gradients += torch.autograd.grad(pixels, x, gradient)  # (1, K, h, w)
+        ctx.save_for_backward(torch.cat(gradients))  # (B, K, h, w)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.saved_tensors[0], None
 
 
 # ------------------------------------------------------------------------------------------------ context decoder
@@ -466,7 +498,8 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
         neck, decode_head = FPN(encoder.channels, preset.channels), SemanticFPNHead(len(class_names), preset.channels)
     else:
         neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * preset.channels)
-    return DenseCLIP(encoder, neck, decode_head, name, resolved)
+    model = DenseCLIP(encoder, neck, decode_head, name, resolved)
+    return model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
 
 
 def build_encoder(
@@ -634,4 +667,17 @@ def restore_model(checkpoint: dict, path: str | Path, build: Callable, class_nam
     clip_model.load_weights(model, checkpoint["model"], str(path))
     if class_names is not None:
         model.encoder.set_class_names(class_names)
+    keep_memory()
     return model.eval()
+
+
+def keep_memory() -> None:
+    """From now on, this process keeps the memory that it frees, for its next tensors. For CPUs, on Linux with glibc.
+
+    Otherwise large blocks go back to the system at once, and mapping new ones takes up to a quarter of the time of
+    inference, a third in training (experiments/benchmark.py measures it). PyTorch does the same on GPUs.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends with it
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: memory at the end of the heap is never given back

@@ -64,7 +64,8 @@ def train_detector(args: argparse.Namespace) -> None:
         if args.check and not resume:
             look_at_all(lambda i: val_set[i][2], len(val_set), "checking validation images", args.workers)
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
-    loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
+    own = ("accumulate", "recompute", "workers", "eval_every", "save_every", "log_every")
+    loop = {name: getattr(args, name) for name in own}
     loop |= {"score": "box_ap", "data": {"val": [str(Path(path).resolve()) for path in val_files]}}
     evaluate_model = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
     metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, resume=resume, **loop)

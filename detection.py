@@ -459,7 +459,7 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
     head, neck, preset = PRESETS[name]
     encoder, resolved = build_encoder(preset, class_names, clip, **settings)
     neck, head = neck(encoder.channels, preset.channels), head(len(class_names), preset.channels)
-    return Detector(encoder, neck, head, name, resolved)
+    return Detector(encoder, neck, head, name, resolved).to(memory_format=torch.channels_last)
 
 
 def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> Detector:

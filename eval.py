@@ -32,7 +32,7 @@ from heads import resize
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale protocol, each also flipped
 SHORTEST = 32  # pixels that every model needs per side
 WINDOWS_PER_BATCH = 4  # windows of one image that go through the model together
-STRIP = 2**26  # probabilities that are computed at once, 256 MB
+STRIP = 2**20  # probabilities that are computed at once; they fit in a processor's cache
 
 # ------------------------------------------------------------------------------------------------ prediction
 
@@ -57,16 +57,19 @@ def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -
     height, width = images.shape[-2:]
     h, w = min(window, height), min(window, width)
     corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
+    if len(corners) == 1:
+        return model(images)[:, :, : size[0], : size[1]]
     logits, count = 0, images.new_zeros(1, 1, height, width)
     for first in range(0, len(corners), WINDOWS_PER_BATCH):
         chunk = corners[first : first + WINDOWS_PER_BATCH]
         outputs = model(torch.cat([images[:, :, y : y + h, x : x + w] for y, x in chunk]))  # (chunk * B, K, h, w)
-        if first == 0:
-            logits = outputs.new_zeros(len(images), outputs.shape[1], height, width)  # (B, K, H, W)
+        if first == 0:  # in the layout of the outputs, or adding them would be slow
+            shape = len(images), height, width, outputs.shape[1]
+            logits = outputs.new_zeros(shape).permute(0, 3, 1, 2)  # (B, K, H, W)
         for (y, x), output in zip(chunk, outputs.split(len(images)), strict=True):
             logits[:, :, y : y + h, x : x + w] += output
             count[:, :, y : y + h, x : x + w] += 1
-    return (logits / count)[:, :, : size[0], : size[1]]
+    return logits.div_(count)[:, :, : size[0], : size[1]]
 
 
 def predict_probabilities(model: nn.Module, image: Tensor, size: tuple[int, int], **protocol) -> Tensor:
@@ -102,11 +105,15 @@ def probability_strips(
     rows = max(1, STRIP // (variants[0].shape[1] * size[1]))
     for top in range(0, size[0], rows):
         strip = range(top, min(top + rows, size[0]))
-        yield sum(resize_rows(x, size, strip).softmax(dim=1)[0] for x in variants) / len(variants)  # (K, rows, W)
+        # classes last, as convolutions leave them in memory: softmax and argmax are slow across it
+        variant = (resize_rows(x, size, strip)[0].movedim(0, 2).softmax(dim=2) for x in variants)  # (rows, W, K)
+        yield (sum(variant) / len(variants)).movedim(2, 0)  # (K, rows, W)
 
 
 def resize_rows(x: Tensor, size: tuple[int, int], rows: range) -> Tensor:
     """These rows of `heads.resize(x, size)`: (1, K, h, w) -> (1, K, len(rows), W)."""
+    if x.shape[2:] == size:
+        return x[:, :, rows.start : rows.stop]
     y = (torch.arange(rows.start, rows.stop, device=x.device) + 0.5) * (x.shape[2] / size[0]) - 0.5  # rows of x
     above = y.clamp(0, x.shape[2] - 1).long()
     below, weight = (above + 1).clamp(max=x.shape[2] - 1), (y - above).clamp(0, 1)

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing of (B, C, h, w) to (B, C, H, W)."""
+    """Bilinear resizing of (B, C, h, w) to (B, C, H, W); x itself if it has this size."""
+    if not torch.compiler.is_compiling() and x.shape[2:] == tuple(size):  # exported graphs are for every size
+        return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -21,7 +23,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
     layers = {"conv": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not norm)}
     nn.init.kaiming_normal_(layers["conv"].weight, mode="fan_out", nonlinearity="relu")
     if norm:
-        layers.update(bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU())
+        layers.update(bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True))
     else:
         nn.init.zeros_(layers["conv"].bias)
     return nn.Sequential(OrderedDict(layers))

@@ -33,10 +33,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clip_model import ARCHITECTURES, IGNORE_INDEX, find_weights, resize_positions
+from clip_model import ARCHITECTURES, IGNORE_INDEX, Bottleneck, ResidualAttentionBlock, find_weights, resize_positions
 from data import (
     SegmentationDataset,
     TrainTransform,
@@ -47,7 +48,7 @@ from data import (
     read_classes,
     run_script,
 )
-from denseclip import PRESETS, PROMPTING, Settings, build_model, read_checkpoint, resolve, save_checkpoint
+from denseclip import PRESETS, PROMPTING, Settings, build_model, keep_memory, read_checkpoint, resolve, save_checkpoint
 from eval import evaluate, format_table, start_process, this_process, to_json
 
 
@@ -112,7 +113,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
 
 
 def learning_rate(iteration: int, base: float, recipe: Recipe) -> float:
@@ -144,6 +145,7 @@ def train(
     evaluate_model: Callable[[nn.Module], dict],
     score: str = "miou",
     accumulate: int = 1,
+    recompute: bool = False,
     workers: int = 4,
     eval_every: int = 8_000,
     save_every: int | None = None,
@@ -156,7 +158,8 @@ def train(
     model(images, labels) in train mode must return a dict of losses; their sum is minimized. `train_set` brings its own
     sampler and collate function. `data` is kept in the checkpoints: colors and validation set, for those who read them.
     evaluate_model(model) returns scores, of which `score` decides what best.pt is. save_every: 1,000 iterations by
-    default, but at most a tenth of the run. Ctrl-C and SIGTERM save and raise KeyboardInterrupt.
+    default, but at most a tenth of the run. recompute: see `recompute_blocks`. Ctrl-C and SIGTERM save and raise
+    KeyboardInterrupt.
     Every process of torchrun calls this with the same arguments; they split each batch.
     """
     rank, world = this_process()
@@ -164,10 +167,13 @@ def train(
         raise ValueError(f"--batch-size {recipe.batch_size} is not divisible by {world} x --accumulate {accumulate}")
 
     # model and optimizer
+    keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device, memory_format=torch.channels_last).train()  # the layout that convolutions prefer
+    model.to(device).train()
+    if recompute:
+        recompute_blocks(model)
     optimizer = build_optimizer(model, recipe)
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, "class_names": model.class_names, "images": len(train_set)}
@@ -246,6 +252,31 @@ def train(
             log_progress(out, record, seconds, recipe, device)
             steps, clock = [], time.perf_counter()
     return metrics
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep only the inputs of residual blocks for the gradient, and compute what is inside once more when it is needed.
+
+    The same numbers: dropout draws the same values again, and batch norm counts each batch once.
+    """
+    for block in model.modules():
+        if isinstance(block, Bottleneck | ResidualAttentionBlock):
+            contexts = partial(lambda block: (contextlib.nullcontext(), fixed_statistics(block)), block)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def fixed_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms in `module` leave their running statistics as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (norm.momentum, count) in zip(norms, before, strict=True):
+            norm.num_batches_tracked.copy_(count)
 
 
 def in_parallel(model: nn.Module) -> nn.Module:
@@ -417,6 +448,7 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     option = parser.add_argument_group("run").add_argument
     option("--resume", nargs="?", const="", metavar="PATH", help="continue from last.pt in --out, or from PATH")
     option("--accumulate", type=positive, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
+    option("--recompute", action="store_true", help="keep less for the gradient: a third less memory, slower")
     option("--eval-every", type=positive, default=8_000, metavar="ITERATIONS", help=d)
     option("--save-every", type=positive, metavar="ITERATIONS", help="(default: 1000, at most a tenth of the run)")
     option("--log-every", type=positive, default=50, metavar="ITERATIONS", help=d)
@@ -602,7 +634,8 @@ def main() -> None:
         if args.check and not resume:
             print(check_data(train_set, val_set, class_names, args.workers))
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
-    loop = {name: getattr(args, name) for name in ("accumulate", "workers", "eval_every", "save_every", "log_every")}
+    own = ("accumulate", "recompute", "workers", "eval_every", "save_every", "log_every")
+    loop = {name: getattr(args, name) for name in own}
     evaluate_model = partial(evaluate, dataset=val_set, device=device, workers=args.workers)
     loop |= {"data": {"colors": colors, "val": [str(Path(folder).resolve()) for folder in (val_images, val_masks)]}}
     metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, resume=resume, **loop)

@@ -105,7 +105,7 @@ def calls_of(module, run):
 def test_text_is_encoded_once_for_a_class_list(mode):
     model, images = build_model("tiny", NAMES).eval(), torch.randn(1, 3, 32, 32)
     with mode():
-        assert calls_of(model.encoder.text_encoder, lambda: [model(images) for _ in range(3)]) == 1
+        assert calls_of(model.encoder.text_encoder.transformer, lambda: [model(images) for _ in range(3)]) == 1
     # what one mode computed serves every other: autograd runs through it
     model(images).sum().backward()
     assert model.encoder.gamma.grad is not None

@@ -68,7 +68,7 @@ def run_train(monkeypatch, data, out, *options):
     fixed += ["--lr", 3e-4, "--warmup", 1, "--log-every", 3, "--workers", 0, "--device", "cpu", "--out", out]
     run(train, monkeypatch, *data, *fixed, *options)
     ((before, model),) = runs
-    model.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    model.eval().requires_grad_(False)
     loaded, logits = load_checkpoint(out / "best.pt").requires_grad_(False), model(images(1, 75, 53))
     assert logits.shape == (1, 4, 75, 53) and logits.isfinite().all()
     assert torch.equal(loaded(images(1, 75, 53)), logits) and loaded.settings == model.settings
@@ -184,7 +184,7 @@ def test_learned_text_depends_on_the_contexts_but_not_on_the_image():
 
 def test_post_depends_on_the_image_after_the_text_encoder():
     model, calls = build(prompting="post", gamma=1.0), []
-    model.encoder.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    model.encoder.text_encoder.transformer.register_forward_hook(lambda *_: calls.append(1))
     a, b = texts_of(model, images(1, seed=1)), texts_of(model, images(1, seed=2))
     assert not torch.allclose(a, b) and len(calls) == 1
     assert len(model.encoder.context_decoder.decoder) == 3
@@ -192,7 +192,7 @@ def test_post_depends_on_the_image_after_the_text_encoder():
 
 def test_pre_depends_on_the_image_before_the_text_encoder():
     model, contexts = build(prompting="pre", num_contexts=5), []
-    model.encoder.text_encoder.register_forward_hook(lambda module, inputs, output: contexts.append(inputs[1]))
+    model.encoder.prompt_decoder.register_forward_hook(lambda module, inputs, output: contexts.append(output))
     both, second = texts_of(model, images(seed=1)), texts_of(model, images(seed=1)[1:])
     assert [c.shape for c in contexts] == [(2, 5, 64), (1, 5, 64)]  # the text encoder runs for every batch
     for values in (contexts[0], both):

@@ -155,10 +155,10 @@ def test_training_costs_what_its_parts_cost():
     assert per_image == pytest.approx(3 * forward, rel=0.02)
 
     # Once per iteration, the text: forward and the gradient of the inputs, since its weights are frozen. An attention
-    # product has two inputs; there are two in each of 12 layers, for 150 texts of 13 tokens.
+    # product has two inputs; there are two in each of 12 layers, for 5 sequences of 30 names with 4 tokens each.
     with FlopCounterMode(display=False) as counter:
         model.encoder.encode_text()
-    text = 2 * counter.get_total_flops() / 2e9 + 12 * 2 * 150 * 13 * 13 * 512 / 1e9
+    text = 2 * counter.get_total_flops() / 2e9 + 12 * 2 * 5 * (9 + 30 * 4) ** 2 * 512 / 1e9
     assert costs[32] - 32 * per_image == pytest.approx(text)
     assert f"({text:.0f} G on top of RN50's {costs[32]:,.0f} G per iteration)" in PAGE
 
