@@ -40,7 +40,7 @@ import denseclip
 from data import SegmentationDataset, TrainTransform, read_classes, resize_to_fit
 from eval import SCALES, evaluate, predict_labels, window_starts
 from heads import resize
-from train import Recipe, build_optimizer
+from train import Recipe, build_optimizer, recompute_blocks
 
 PARTS = ("inference", "sliding", "multiscale", "training", "memory", "text", "data", "evaluation")
 SIZES = {"rn50": 512, "rn101": 512, "vitb16": 640}
@@ -86,12 +86,12 @@ def as_released() -> Iterator[None]:
 
 
 @torch.no_grad()
-def released_labels(model, image: Tensor, size: tuple[int, int], multi_scale: bool = False) -> Tensor:
+def released_labels(model, image: Tensor, size: tuple[int, int], short_side: int, multi_scale: bool = False) -> Tensor:
     """`eval.predict_labels`: one window after another, every variant at full size before the softmax."""
     window, stride, total = model.crop_size, model.crop_size * 2 // 3, 0
     for scale in SCALES if multi_scale else (1.0,):
         for flip in (False, True) if multi_scale else (False,):
-            x = resize_to_fit(image[None], (int(2048 * scale), int(model.short_side * scale)))
+            x = resize_to_fit(image[None], (int(2048 * scale), int(short_side * scale)))
             x = x.flip(-1) if flip else x
             logits, count = x.new_zeros(1, len(model.class_names), *x.shape[2:]), x.new_zeros(1, 1, *x.shape[2:])
             for top in window_starts(x.shape[2], window, stride):
@@ -225,24 +225,27 @@ def inference(bench: Benchmark) -> None:
         print(f"| {name}: labels in bf16 equal to fp32's, random weights | | | {100 * equal:.2f} % | | |")
 
 
-def sliding(bench: Benchmark, multi_scale: bool = False) -> None:
-    (released, ours), image = bench.both("rn50"), torch.randn(3, 512, 683, device=bench.device)
+def sliding(bench: Benchmark) -> None:
+    labels_of(bench, "rn50, labels of 512 x 683, sliding window", (512, 683))
+
+
+def multiscale(bench: Benchmark) -> None:
+    labels_of(bench, "rn50, labels of 256 x 341, 12 scaled and flipped variants", (256, 341), multi_scale=True)
+
+
+def labels_of(bench: Benchmark, work: str, size: tuple[int, int], multi_scale: bool = False) -> None:
+    (released, ours), image = bench.both("rn50"), torch.randn(3, *size, device=bench.device)
     for precision in ("fp32", "bf16"):
 
         def run_released():
             with as_released():
-                released_labels(released, image, (512, 683), multi_scale)
+                released_labels(released, image, size, size[0], multi_scale)
 
         def run_ours(precision=precision):
             with bench.autocast(precision):
-                predict_labels(ours, image, (512, 683), multi_scale=multi_scale)
+                predict_labels(ours, image, size, short_side=size[0], multi_scale=multi_scale)
 
-        work = "rn50, labels of 512 x 683, " + ("12 scaled and flipped variants" if multi_scale else "sliding window")
         bench.row(work, precision, bench.take_turns(run_released, run_ours))
-
-
-def multiscale(bench: Benchmark) -> None:
-    sliding(bench, multi_scale=True)
 
 
 class Training:
@@ -258,6 +261,8 @@ class Training:
         else:
             denseclip.keep_memory()  # as train.train
             self.optimizer = build_optimizer(self.model, Recipe())
+            if recompute:
+                recompute_blocks(self.model)
         self.images = torch.randn(bench.batch_size, 3, 512, 512, device=bench.device)
         self.labels = torch.randint(150, (bench.batch_size, 512, 512), device=bench.device)
 
@@ -275,29 +280,31 @@ class Training:
 
 def training(bench: Benchmark) -> None:
     for precision in ("fp32", "bf16"):
-        released, ours = Training(bench, True), Training(bench, False, precision)
-        flops = count_flops(ours)
-        work = f"rn50, training step, {bench.batch_size} x 512 x 512, {flops / 1e9:.0f} GFLOP"
-        bench.row(work, precision, bench.take_turns(released, ours), flops)
+        sides = Training(bench, True), Training(bench, False, precision), Training(bench, False, precision, True)
+        flops = count_flops(sides[1])
+        released, *ours = bench.take_turns(*sides)
+        for how, seconds in zip(("training step", "with --recompute"), ours, strict=True):
+            work = f"rn50, {how}, {bench.batch_size} x 512 x 512, {flops / 1e9:.0f} GFLOP"
+            bench.row(work, precision, [released, seconds], flops)
 
 
 def memory(bench: Benchmark) -> None:
     """Peak memory of two training steps: of a process that does nothing else, or of the GPU's allocator."""
     for precision in ("fp32", "bf16"):
         peaks = []
-        for side in ("released", "here"):
+        for side in ("released", "here", "recompute"):
             command = [sys.executable, "-m", "experiments.benchmark", "--peak-memory", side, precision]
             command += ["--device", str(bench.device), "--batch-size", str(bench.batch_size)]
             peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-        values = f"{peaks[0] / 1e9:.2f} GB | {peaks[1] / 1e9:.2f} GB | {peaks[1] / peaks[0]:.2f}x"
-        print(
-            f"| rn50, training step, {bench.batch_size} x 512 x 512, peak memory | {precision} | {values} | |",
-            flush=True,
-        )
+        released, *ours = (peak / 1e9 for peak in peaks)
+        for how, peak in zip(("training step", "with --recompute"), ours, strict=True):
+            values = f"{released:.2f} GB | {peak:.2f} GB | {peak / released:.2f}x"
+            print(f"| rn50, {how}, peak memory | {precision} | {values} | |", flush=True)
 
 
 def peak_memory(bench: Benchmark, side: str, precision: str) -> int:
-    step = Training(bench, side == "released", precision if side == "here" else "fp32")
+    released = side == "released"  # which has no autocast
+    step = Training(bench, released, "fp32" if released else precision, side == "recompute")
     for _ in range(2):
         step()
     if bench.device.type == "cuda":
@@ -436,16 +443,16 @@ def data(bench: Benchmark, folders: tuple[str, str] | None = None) -> None:
 def evaluation(bench: Benchmark) -> None:
     """Images from files to scores."""
     with tempfile.TemporaryDirectory() as temporary:
-        dataset = SegmentationDataset(*make_files(Path(temporary), 4), 150, reduce_zero_label=True)
+        dataset = SegmentationDataset(*make_files(Path(temporary), 2), 150, reduce_zero_label=True)
         released, ours = bench.both("rn50")
 
         def run_released():
             with as_released():
                 for image, label, _ in dataset:
-                    released_labels(released, image.to(bench.device), label.shape)
+                    released_labels(released, image.to(bench.device), label.shape, 512)
 
         times = bench.take_turns(run_released, lambda: evaluate(ours, dataset, bench.device))
-        bench.row("rn50, evaluation of an image file of 512 x 683", "fp32", [seconds / 4 for seconds in times])
+        bench.row("rn50, evaluation of an image file of 512 x 683", "fp32", [seconds / 2 for seconds in times])
 
 
 # ------------------------------------------------------------------------------------------------ command line
