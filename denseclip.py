@@ -284,17 +284,18 @@ class PixelCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
         total, gradients = 0, []
         for x, y in zip(logits.split(1), labels.flatten(1), strict=True):  # (1, K, h, w), (HW,)
-            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-            with torch.enable_grad():
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(x.requires_grad):
                 pixels = resize(x, labels.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)  # (HW, K)
             weight = (y != IGNORE_INDEX)[:, None] / labels.numel()  # (HW, 1)
             y = y[:, None].where(weight > 0, 0)  # (HW, 1)
             log_p = pixels.log_softmax(dim=1)  # (HW, K)
             total = total - (log_p.gather(1, y) * weight).sum()
-            # d loss / d logits = softmax - one-hot
-            gradient = log_p.exp_().scatter_add_(1, y, -torch.ones_like(weight)).mul_(weight)  # (HW, K)
-            gradients += torch.autograd.grad(pixels, x, gradient)  # (1, K, h, w)
-        ctx.save_for_backward(torch.cat(gradients))  # (B, K, h, w)
+            if x.requires_grad:  # d loss / d logits = softmax - one-hot
+                gradient = log_p.exp_().scatter_add_(1, y, -torch.ones_like(weight)).mul_(weight)  # (HW, K)
+                gradients += torch.autograd.grad(pixels, x, gradient)  # (1, K, h, w)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))  # (B, K, h, w)
         return total
 
     @staticmethod

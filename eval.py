@@ -49,7 +49,7 @@ def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -
     images: (B, 3, H, W) normalized; a side shorter than the window is taken whole, without padding, unless it is
             shorter than SHORTEST: then its last row or column is repeated
     window, stride: pixels
-    return: (B, K, H, W) logits
+    return: (B, K, H, W) logits, float32
     """
     size = images.shape[-2:]
     rows, columns = (max(0, min(SHORTEST, window) - side) for side in size)
@@ -58,11 +58,11 @@ def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -
     h, w = min(window, height), min(window, width)
     corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
     if len(corners) == 1:
-        return model(images)[:, :, : size[0], : size[1]]
+        return model(images)[:, :, : size[0], : size[1]].float()
     logits, count = 0, images.new_zeros(1, 1, height, width)
     for first in range(0, len(corners), WINDOWS_PER_BATCH):
         chunk = corners[first : first + WINDOWS_PER_BATCH]
-        outputs = model(torch.cat([images[:, :, y : y + h, x : x + w] for y, x in chunk]))  # (chunk * B, K, h, w)
+        outputs = model(torch.cat([images[:, :, y : y + h, x : x + w] for y, x in chunk])).float()  # (chunk B, K, h, w)
         if first == 0:  # in the layout of the outputs, or adding them would be slow
             shape = len(images), height, width, outputs.shape[1]
             logits = outputs.new_zeros(shape).permute(0, 3, 1, 2)  # (B, K, H, W)
@@ -98,10 +98,10 @@ def probability_strips(
     for scale in SCALES if multi_scale else (1.0,):
         limits = int(2048 * scale), int((short_side or model.short_side) * scale)
         scaled = resize_to_fit(image[None], limits)  # (1, 3, h', w')
-        variants.append(sliding_window(model, scaled, model.crop_size, stride).float())  # (1, K, h', w')
+        variants.append(sliding_window(model, scaled, model.crop_size, stride))  # (1, K, h', w')
         if multi_scale:
             flipped = sliding_window(model, scaled.flip(-1), model.crop_size, stride)  # (1, K, h', w')
-            variants.append(flipped.flip(-1).float())
+            variants.append(flipped.flip(-1))
     rows = max(1, STRIP // (variants[0].shape[1] * size[1]))
     for top in range(0, size[0], rows):
         strip = range(top, min(top + rows, size[0]))

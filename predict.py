@@ -216,7 +216,7 @@ class Predictor:
             raise ValueError(f"{self.source}: it was trained without language, so it has no score maps")
         model, window = functools.partial(self, model=self.scores), self.scores.crop_size
         image = data.resize_to_fit(image[None], (2048, self.short_side))  # (1, 3, h, w)
-        return self.scores.tau * sliding_window(model, image, window, window * 2 // 3)[0].float().cpu()  # (K, h, w)
+        return self.scores.tau * sliding_window(model, image, window, window * 2 // 3)[0].cpu()  # (K, h, w)
 
     def read(self, photo: Photo) -> Tensor:
         """(3, H, W), normalized."""
