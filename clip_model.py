@@ -81,9 +81,10 @@ FILES = {  # on the server: sha256 of the file / its name
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Multi-head attention. q: (B, N, D); k, v: (B, M, D); mask: (N, M), True: sees; return: (B, N, D)."""
+    """Multi-head attention. q: (B, N, D); k, v: (B, M, D); mask: (N, M), as for a block; return: (B, N, D)."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, D / heads)
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and mask is None and not q.requires_grad:
+    short = mask is None and k.shape[2] <= 2048  # plain products need memory for all N x M
+    if short and q.dtype == torch.bfloat16 and q.device.type == "cpu" and not q.requires_grad:
         # PyTorch's fused kernel for CPUs is no faster in bf16 than in fp32; plain products are
         x = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v  # (B, heads, N, D / heads)
     else:
@@ -236,7 +237,7 @@ class ResidualAttentionBlock(nn.Module):
         return branch * (keep / (1 - self.drop_path)).to(branch.dtype)  # (B, N, D)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, D); mask: (N, N), True where a token (row) sees another (column); return: (B, N, D)."""
+        """x: (B, N, D); mask: (N, N), True where a token (row) attends to another (column); return: (B, N, D)."""
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)  # (B, N, 3D)
         y = self.attn.out_proj(attention(*qkv.chunk(3, dim=2), self.attn.num_heads, mask))  # (B, N, D)
         x = x + self.apply_drop_path(y)  # (B, N, D)
@@ -257,7 +258,7 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * layers) ** -0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """x: (B, N, D); mask: (N, N), as of each block; return: the output of every block, (B, N, D)."""
+        """x: (B, N, D); mask: (N, N), as for a block; return: the output of every block, (B, N, D)."""
         outputs = []
         for block in self.resblocks:
             x = block(x, mask)  # (B, N, D)
@@ -343,15 +344,18 @@ class TextEncoder(nn.Module):
         return x if contexts is None else x.view(num_images, num_texts, -1)  # (B, K, C)
 
     def forward_shared(self, tokens: Tensor, contexts: Tensor) -> Tensor:
-        """The same as `forward` with contexts, for a third of the work: texts share their start token and contexts.
+        """The same as `forward` with contexts, for a third of the work where names have up to 3 tokens and contexts 8.
 
-        These come first and attention is causal, so they are the same in all texts. They stand once at the beginning of
-        a sequence, and the names of some 32 texts follow: [SOT, p, e_1, EOT, e_2, EOT, ...]. The mask lets each name
-        see SOT, p and itself, and each name's positions are those that it has alone.
+        The start token and the contexts come first and attention is causal, so they are the same in all texts: they
+        appear once in a sequence, followed by several names: [SOT, p, e_1, EOT, e_2, EOT, ...]. The mask lets each name
+        attend to SOT, p and itself, and each name keeps the positions that it would have alone.
         """
         (num_images, num_contexts), (num_texts, length) = contexts.shape[:2], tokens.shape  # (B, N), (K, L)
+        if num_contexts + length > self.context_length:
+            reason = f"text of {num_contexts + length} tokens, but the text encoder has {self.context_length} positions"
+            raise ValueError(reason)
         first, rest = num_contexts + 1, length - 1  # tokens that are shared, and of each name
-        rows = -(-num_texts // 32)  # R sequences per image
+        rows = -(-num_texts // max(1, 128 // rest))  # R sequences per image; attention grows with their square
         size = -(-num_texts // rows)  # names per sequence; the last may have a few that are padding
         start = self.token_embedding(tokens[:1, :1]).expand(num_images, -1, -1)  # (B, 1, D)
         shared = torch.cat([start, contexts], dim=1)[:, None].expand(-1, rows, -1, -1)  # (B, R, 1 + N, D)

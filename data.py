@@ -181,7 +181,6 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.pairs = [(path, masks[stem]) for stem, path in images.items()]
         self.num_classes, self.transform = num_classes, transform or eval_transform
         self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
-        self.labels = self.to_labels(np.arange(256))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -234,7 +233,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
             facts = {"mode": image.mode, "folder": folder, "name": folder.name, "suffix": path.suffix}
             raise ValueError(f"{path}: {FROM_COLORS.format(**facts)}")
         # a table for bytes, the usual case: masks have hundreds of thousands of pixels
-        label = self.labels.take(mask) if mask.dtype == np.uint8 else self.to_labels(mask.astype(np.int64))  # (H, W)
+        if mask.dtype == np.uint8:
+            label = self.to_labels(np.arange(256)).take(mask)  # (H, W)
+        else:
+            label = self.to_labels(mask.astype(np.int64))  # (H, W)
         if label.min() < 0:
             values, last = ", ".join(map(str, np.unique(mask[label < 0])[:8])), self.num_classes - 1 + first
             what = f"value {values} is not a class; the classes are {first} to {last}, 255 is ignored"
@@ -386,10 +388,10 @@ def shift_hue(image: Tensor, shift: float) -> Tensor:
     # in sixths of a circle, red at 0: one formula where blue is smallest, one where red is, one where green is
     hue = torch.lerp(g - r + 1, torch.lerp(b - g + 3, r - b + 5, above[0]), above[2]) + 6 * shift  # (H, W)
     hue -= (hue / 6).floor_().mul_(6)
-    pure = (hue - torch.tensor([3.0, 2.0, 4.0]).view(3, 1, 1)).abs_()  # (3, H, W)
-    pure[0] -= 1
-    pure[1:].neg_().add_(2)
-    return pure.clamp_(0, 1).mul_(chroma).add_(low)
+    shifted = (hue - torch.tensor([3.0, 2.0, 4.0]).view(3, 1, 1)).abs_()  # (3, H, W)
+    shifted[0] -= 1
+    shifted[1:].neg_().add_(2)
+    return shifted.clamp_(0, 1).mul_(chroma).add_(low)
 
 
 class IterationSampler(torch.utils.data.Sampler):

@@ -134,9 +134,9 @@ class LanguageGuidedEncoder(nn.Module):
         """t = TextEncoder([p, e_k]), Eq. (3), (1, K, C). Several templates are averaged as in CLIP's zero-shot."""
         if isinstance(self.text_encoder, StoredText):
             return self.text_encoder.embeddings
-        if self.contexts is not None:
-            return self.text_encoder.forward_shared(self.tokens, self.contexts)
-        text = self.text_encoder(self.tokens).view(len(self.templates), -1, self.text_encoder.embed_dim)
+        encoder, contexts = self.text_encoder, self.contexts
+        text = encoder(self.tokens) if contexts is None else encoder.forward_shared(self.tokens, contexts)
+        text = text.view(len(self.templates), -1, encoder.embed_dim)  # (templates, K, C)
         return text if len(text) == 1 else F.normalize(text, dim=2).mean(0, keepdim=True)
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class PixelCrossEntropy(torch.autograd.Function):
-    """Up-samples and scores one image at a time and computes the gradient at once, to save memory and time.
+    """Up-samples and scores one image at a time and computes its gradient right away, to save memory and time.
 
     The logits at full size (157 MB per image with 150 classes, 512 x 512 pixels) never exist for the whole batch, and
     the softmax runs over classes that lie side by side in memory.
@@ -288,7 +288,7 @@ class PixelCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(x.requires_grad):
                 pixels = resize(x, labels.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)  # (HW, K)
             weight = (y != IGNORE_INDEX)[:, None] / labels.numel()  # (HW, 1)
-            y = y[:, None].where(weight > 0, 0)  # (HW, 1)
+            y = y[:, None].where(weight > 0, 0).long()  # (HW, 1)
             log_p = pixels.log_softmax(dim=1)  # (HW, K)
             total = total - (log_p.gather(1, y) * weight).sum()
             if x.requires_grad:  # d loss / d logits = softmax - one-hot
@@ -299,6 +299,7 @@ class PixelCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.saved_tensors[0], None
 
@@ -646,7 +647,10 @@ def read_tensors(path: str | Path) -> object:
 
 
 def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> DenseCLIP:
-    """The segmentation model saved by train.py, in evaluation mode on the CPU. Options: see `restore_model`."""
+    """The segmentation model saved by train.py, in evaluation mode on the CPU. Options: see `restore_model`.
+
+    Also calls `keep_memory`: this process then keeps the memory that it frees.
+    """
     return restore_model(read_checkpoint(path), path, build_model, class_names, backbone)
 
 

@@ -32,7 +32,7 @@ from heads import resize
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale protocol, each also flipped
 SHORTEST = 32  # pixels that every model needs per side
 WINDOWS_PER_BATCH = 4  # windows of one image that go through the model together
-STRIP = 2**20  # probabilities that are computed at once; they fit in a processor's cache
+STRIP = 2**20  # probabilities that are computed at once, so that they fit in a processor's cache; on a GPU 64 times
 
 # ------------------------------------------------------------------------------------------------ prediction
 
@@ -102,12 +102,13 @@ def probability_strips(
         if multi_scale:
             flipped = sliding_window(model, scaled.flip(-1), model.crop_size, stride)  # (1, K, h', w')
             variants.append(flipped.flip(-1))
-    rows = max(1, STRIP // (variants[0].shape[1] * size[1]))
+    values = STRIP if image.device.type == "cpu" else 64 * STRIP
+    rows = max(1, values // (variants[0].shape[1] * size[1]))
     for top in range(0, size[0], rows):
         strip = range(top, min(top + rows, size[0]))
-        # classes last, as convolutions leave them in memory: softmax and argmax are slow across it
-        variant = (resize_rows(x, size, strip)[0].movedim(0, 2).softmax(dim=2) for x in variants)  # (rows, W, K)
-        yield (sum(variant) / len(variants)).movedim(2, 0)  # (K, rows, W)
+        # classes last, as convolutions leave them in memory: softmax and argmax are slow along another axis
+        probabilities = (resize_rows(x, size, strip)[0].movedim(0, 2).softmax(dim=2) for x in variants)  # (rows, W, K)
+        yield (sum(probabilities) / len(variants)).movedim(2, 0)  # (K, rows, W)
 
 
 def resize_rows(x: Tensor, size: tuple[int, int], rows: range) -> Tensor:

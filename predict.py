@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 from clip_model import IGNORE_INDEX, MEAN, STD, load_clip
-from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, read_checkpoint, restore_model
+from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, keep_memory, read_checkpoint, restore_model
 from eval import check_short_side, label_image, predict_labels, predict_probabilities, sliding_window, start_process
 from heads import resize
 
@@ -70,7 +70,8 @@ class ScoreMapModel(nn.Module):
         if self.center:
             score_map = score_map - score_map.mean((2, 3), keepdim=True)  # (B, number of names, H4, W4)
         scores = [names.amax(1) for names in score_map.split(self.counts, dim=1)]  # K times (B, H4, W4)
-        return resize(torch.stack(scores, dim=1) / self.tau, images.shape[-2:])  # (B, K, H, W)
+        scores = torch.stack(scores, dim=3).movedim(3, 1)  # (B, K, H4, W4), channels last in memory, as from a head
+        return resize(scores / self.tau, images.shape[-2:])  # (B, K, H, W)
 
 
 def split_names(class_names: list[str]) -> list[str]:
@@ -164,6 +165,7 @@ class Predictor:
         if checkpoint is None and backbone or clip is None and dense:
             raise ValueError("--dense is for CLIP alone, --backbone for a checkpoint whose backbone is your own")
         check_short_side(short_side)
+        keep_memory()
         self.colors, self.reduce_zero_label, self.source = None, False, checkpoint or clip
         if clip is not None:
             self.model = self.scores = zero_shot_model(clip, class_names, dense or "value")

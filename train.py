@@ -167,7 +167,8 @@ def train(
         raise ValueError(f"--batch-size {recipe.batch_size} is not divisible by {world} x --accumulate {accumulate}")
 
     # model and optimizer
-    keep_memory()
+    if device.type == "cpu":
+        keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -255,14 +256,17 @@ def train(
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Keep only the inputs of residual blocks for the gradient, and compute what is inside once more when it is needed.
+    """Keep only the inputs of CLIP's residual blocks for the gradient, and compute what is inside again when needed.
 
     The same numbers: dropout draws the same values again, and batch norm counts each batch once.
     """
+    kinds = Bottleneck | ResidualAttentionBlock
+    if not any(isinstance(block, kinds) for block in model.encoder.backbone.modules()):
+        raise ValueError("--recompute would have no effect: it is for CLIP's image encoders")
     for block in model.modules():
-        if isinstance(block, Bottleneck | ResidualAttentionBlock):
-            contexts = partial(lambda block: (contextlib.nullcontext(), fixed_statistics(block)), block)
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        if isinstance(block, kinds):
+            managers = partial(lambda block: (contextlib.nullcontext(), fixed_statistics(block)), block)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=managers)
 
 
 @contextlib.contextmanager
@@ -275,7 +279,8 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for norm, (norm.momentum, count) in zip(norms, before, strict=True):
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
 
@@ -448,7 +453,7 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     option = parser.add_argument_group("run").add_argument
     option("--resume", nargs="?", const="", metavar="PATH", help="continue from last.pt in --out, or from PATH")
     option("--accumulate", type=positive, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
-    option("--recompute", action="store_true", help="keep less for the gradient: a third less memory, slower")
+    option("--recompute", action="store_true", help="compute CLIP's blocks again for the gradient: less memory, slower")
     option("--eval-every", type=positive, default=8_000, metavar="ITERATIONS", help=d)
     option("--save-every", type=positive, metavar="ITERATIONS", help="(default: 1000, at most a tenth of the run)")
     option("--log-every", type=positive, default=50, metavar="ITERATIONS", help=d)

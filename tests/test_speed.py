@@ -22,12 +22,12 @@ from train import recompute_blocks
 NAMES = ["sky", "road", "traffic light", "swimming pool"]
 
 
-@pytest.mark.parametrize("num_images, num_texts", [(1, 1), (1, 32), (1, 33), (2, 5), (3, 70)])
-def test_texts_that_share_their_contexts_are_the_same_texts(num_images, num_texts):
+@pytest.mark.parametrize("num_images, num_texts, length", [(1, 1, 7), (1, 21, 7), (1, 22, 7), (3, 70, 5), (2, 5, 70)])
+def test_texts_that_share_their_contexts_are_the_same_texts(num_images, num_texts, length):
     torch.manual_seed(0)
     encoder = TextEncoder(Architecture(32, 0, 1, 1, 0, 64, 3)).requires_grad_(False)
     names = [f"{name} {i}" if i > 3 else name for i, name in zip(range(num_texts), NAMES * num_texts, strict=False)]
-    tokens, contexts = tokenize(names, 7), torch.randn(num_images, 4, 64)
+    tokens, contexts = tokenize(names, length), torch.randn(num_images, 4, 64)
     results = []
     for forward in (encoder.forward, encoder.forward_shared):
         contexts = contexts.clone().requires_grad_()
@@ -55,6 +55,12 @@ def test_loss_image_by_image_is_the_loss_of_the_batch(size, label_size, layout):
     (3 * expected).backward()
     (3 * loss).backward()
     assert (ours.grad - plain.grad).abs().max() < 2e-6 * plain.grad.abs().max()
+
+
+def test_a_text_beyond_the_positions_is_refused():
+    encoder = TextEncoder(Architecture(32, 0, 1, 1, 0, 64, 1, context_length=10))
+    with pytest.raises(ValueError, match="text of 11 tokens, but the text encoder has 10 positions"):
+        encoder.forward_shared(tokenize(NAMES, 7), torch.randn(1, 4, 64))
 
 
 def test_a_label_that_is_no_class_is_refused():
@@ -91,6 +97,11 @@ def test_recomputed_blocks_change_no_number(name):
     for a, b in zip(plain.parameters(), other.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), other.buffers(), strict=True))
+
+
+def test_recomputing_is_refused_where_it_has_no_effect():
+    with pytest.raises(ValueError, match="--recompute would have no effect"):
+        recompute_blocks(build_model("tiny", NAMES, backbone="resnet18"))
 
 
 @torch.no_grad()
