@@ -266,7 +266,7 @@ def test_ten_iterations_on_the_demos_drawings(row, mynets, monkeypatch, tmp_path
     losses = [record["loss"] for record in log if "loss" in record]
     assert len(losses) == 10 and min(losses[5:]) < losses[0]
     loaded = load_checkpoint(tmp_path / "last.pt", backbone=mynets if mynets in ROWS[row] else None)
-    model = trained[0].eval().to(memory_format=torch.contiguous_format)
+    model = trained[0].eval()
     with torch.no_grad():
         assert torch.equal(loaded(images(1, 75, 53)), model(images(1, 75, 53)))
 
