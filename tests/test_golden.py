@@ -3,7 +3,8 @@ anchors and detections, and twelve training steps under its optimizer end at its
 
 Each checkpoint is filled from its names (fill.py); golden/ holds what the released code computed on it, in float32 on a
 CPU. Bounds, with the largest difference seen: tensors 1e-3 of their standard deviation (2e-5), losses 1e-4 relative,
-gradient norms 1e-2 relative, in the median 1e-3 (2.5e-4, 1e-5). Unless marked slow, tests run in the default suite.
+gradient norms 1e-2 relative, in the median 1e-3 (7e-3, 4e-4; channels first 2.5e-4, 1e-5: PyTorch's batch norm sums less
+exactly with channels last). Unless marked slow, tests run in the default suite.
 """
 
 import contextlib
@@ -197,7 +198,7 @@ def test_twelve_training_steps_equal_the_released_optimizers(tmp_path):
     """train.train against mmcv's optimizer and schedule. The released text encoder learns at the schedule's floor of
     1e-6, so that it is trained here as well, at a rate that is zero but for this floor.
 
-    Seen, relative: losses 1e-4; distance traveled by all weights 9e-5, by the median parameter 4e-4; batch norm
+    Seen, relative: losses 1e-4; distance traveled by all weights 2e-4, by the median parameter 4e-4; batch norm
     statistics 1.5e-3 of their largest value.
     """
     golden, model = released("trajectory_rn50", tmp_path)
