@@ -3,8 +3,8 @@ anchors and detections, and twelve training steps under its optimizer end at its
 
 Each checkpoint is filled from its names (fill.py); golden/ holds what the released code computed on it, in float32 on a
 CPU. Bounds, with the largest difference seen: tensors 1e-3 of their standard deviation (2e-5), losses 1e-4 relative,
-gradient norms 1e-2 relative, in the median 1e-3 (7e-3, 4e-4; channels first 2.5e-4, 1e-5: PyTorch's batch norm sums less
-exactly with channels last). Unless marked slow, tests run in the default suite.
+gradient norms 1e-2 relative, in the median 1e-3 (7e-3, 4e-4; channels first 2.5e-4, 1e-5: with
+channels last, PyTorch's batch norm sums less exactly). Unless marked slow, tests run in the default suite.
 """
 
 import contextlib
