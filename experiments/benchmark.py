@@ -1,6 +1,6 @@
 """Time and memory of this code beside the same model computed as the authors' release computes it, in one run.
 
-    python -m experiments.benchmark                        # everything; 30 minutes on two cores
+    python -m experiments.benchmark                        # everything; over half an hour on two cores
     python -m experiments.benchmark inference training     # some of its parts
     python -m experiments.benchmark --device cuda --batch-size 32
     python -m experiments.benchmark data --images IMAGES --masks MASKS        # samples of your own files
