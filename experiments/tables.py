@@ -253,7 +253,7 @@ def main() -> None:
         print()
     costs = ", ".join(f"{cost.text_multiply_adds:.1f} G for {count} classes" for count, cost in texts.items())
     print("mIoU is single-scale / multi-scale. Where the text does not depend on the image, it is computed once, so")
-    print(f"the text encoder ({texts[150].text_parameters:.2f} M, {costs}) is not included.\n")
+    print(f"the text encoder ({texts[150].text_parameters:.2f} M, {costs}, each a text of its own) is not included.\n")
     print("\n".join(f"- {key}: {note}" for key, note in NOTES.items()))
 
 
