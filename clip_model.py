@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import math
 import os
+import pickle
 import urllib.request
 import warnings
 import zipfile
@@ -51,16 +52,10 @@ class Architecture:
     vocab_size: int = 49408
 
 
-ARCHITECTURES = {
+ARCHITECTURES = {  # the paper's; `load_clip` reads any other off its weights
     "RN50": Architecture(1024, 224, (3, 4, 6, 3), 64, 0, 512),
     "RN101": Architecture(512, 224, (3, 4, 23, 3), 64, 0, 512),
-    "RN50x4": Architecture(640, 288, (4, 6, 10, 6), 80, 0, 640),
-    "RN50x16": Architecture(768, 384, (6, 8, 18, 8), 96, 0, 768),
-    "RN50x64": Architecture(1024, 448, (3, 15, 36, 10), 128, 0, 1024),
-    "ViT-B/32": Architecture(512, 224, 12, 768, 32, 512),
     "ViT-B/16": Architecture(512, 224, 12, 768, 16, 512),
-    "ViT-L/14": Architecture(768, 224, 24, 1024, 14, 768),
-    "ViT-L/14@336px": Architecture(768, 336, 24, 1024, 14, 768),
 }
 
 SERVER = "https://openaipublic.azureedge.net/clip/models"
@@ -411,7 +406,12 @@ def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = No
     quick_gelu:   False for weights trained with GELU, as most of open_clip's are; the file does not say
     """
     weights = read_weights(name_or_path, cache)
-    model = CLIP(read_architecture(weights, name_or_path), quick_gelu)
+    architecture = read_architecture(weights, name_or_path)
+    try:
+        with torch.device("meta"):  # no memory for parameters: those of the file are used, whatever sizes it pretends
+            model = CLIP(architecture, quick_gelu)
+    except Exception as error:
+        raise ValueError(f"{name_or_path}: no CLIP has these sizes: {architecture}") from error
     names = {key: key if key.startswith(("visual.", "logit_scale")) else f"text.{key}" for key in weights}
     load_weights(model, {names[key]: value for key, value in weights.items()}, name_or_path)
     return model.to(memory_format=torch.channels_last).eval()
@@ -424,10 +424,11 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     problems += [f"{key} is not part of the model" for key in weights if key not in expected]
     shapes = [(key, tuple(weights[key].shape), tuple(expected[key].shape)) for key in expected if key in weights]
     problems += [f"{key} is {shape}, expected {required}" for key, shape, required in shapes if shape != required]
+    problems += [f"{key} is not finite" for key, value in weights.items() if not value.isfinite().all()]
     if problems:
         first = "; ".join(problems[:5])
         raise ValueError(f"{source}: the weights do not fit the model: {first} ({len(problems)} differences in all)")
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=any(value.is_meta for value in expected.values()))
 
 
 def find_weights(name_or_path: str, cache: str | None = None) -> Path:
@@ -444,16 +445,7 @@ def find_weights(name_or_path: str, cache: str | None = None) -> Path:
 def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tensor]:
     """A state dict in float32, from a name in FILES or a file (see `load_clip`)."""
     path = find_weights(name_or_path, cache)
-    try:
-        archive = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any("/code/" in name for name in archive):  # TorchScript, deprecated since torch 2.10
-            with warnings.catch_warnings(action="ignore"):
-                weights = torch.jit.load(str(path), map_location="cpu").state_dict()
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own messages run over many lines and do not name the file
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: not a state dict or not readable ({reason}); if truncated, fetch it again") from None
+    weights = read_tensors(path)
     for wrapping in ("state_dict", "model"):
         weights = weights.get(wrapping, weights) if isinstance(weights, dict) else {}
     if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
@@ -463,11 +455,34 @@ def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tenso
     return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
 
 
+def read_tensors(path: str | Path) -> object:
+    """What torch.save wrote to a file, on the CPU, or a TorchScript archive's state dict.
+
+    A ValueError if the file is damaged or holds more than tensors and built-in types: no code in it is run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+        if archive and (damaged := archive.testzip()):  # compares checksums, which torch.load does not
+            raise ValueError(f"{damaged} in it differs from its checksum")
+        if archive and any("/code/" in name for name in archive.namelist()):  # TorchScript
+            with warnings.catch_warnings(action="ignore"):  # deprecated since torch 2.10
+                return torch.jit.load(str(path), map_location="cpu").state_dict()
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        how = "if it is of the authors' release and you trust it, convert.py --unsafe runs what is in it"
+        raise ValueError(f"{path}: it holds more than tensors and built-in types, or is damaged; {how}") from None
+    except Exception as error:  # torch's own messages run over many lines and do not name the file
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: not a file of torch.save, cut short or damaged ({reason}); fetch it again") from None
+
+
 def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Architecture:
     """The architecture of CLIP's weights, from their names and shapes; parts that are missing read as 0."""
 
     def size(key: str, axis: int = 0) -> int:
-        return weights[key].shape[axis] if key in weights else 0
+        return ([*weights[key].shape, 0, 0, 0, 0] if key in weights else [0] * 4)[axis]
 
     def blocks(prefix: str) -> int:
         return len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
@@ -475,7 +490,7 @@ def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Ar
     if "visual.class_embedding" in weights:
         layers, embed_dim = blocks("visual.transformer.resblocks."), size("visual.proj", axis=1)
         width, patch_size = size("visual.conv1.weight"), size("visual.conv1.weight", axis=3)
-        resolution = math.isqrt(size("visual.positional_embedding") - 1) * patch_size
+        resolution = math.isqrt(max(0, size("visual.positional_embedding") - 1)) * patch_size
     elif "visual.layer1.0.conv1.weight" in weights:
         layers = tuple(blocks(f"visual.layer{i}.") for i in (1, 2, 3, 4))
         embed_dim = size("visual.attnpool.c_proj.weight")
@@ -494,6 +509,8 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
     """
     with one_at_a_time(path):
         if path.exists():
+            if (digest := file_digest(path, algorithm)) != checksum:
+                raise ValueError(f"{path}: {algorithm} {digest}, expected {checksum}; remove the file and run again")
             return
         part = path.with_name(path.name + ".part")
         start = part.stat().st_size if part.exists() else 0
@@ -508,16 +525,19 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
                         progress.update(file.write(chunk))
             if part.stat().st_size < total:
                 raise OSError(f"ended at {part.stat().st_size} of {total} bytes")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a length that is no number
             if getattr(error, "code", None) != 416:  # 416: nothing left to send, the part is complete
                 how = f"run again to resume, or fetch it by hand and save it as {path}"
                 raise OSError(f"{url}: {error}; {how}") from None
-        with open(part, "rb") as file:
-            digest = hashlib.file_digest(file, algorithm).hexdigest()
-        if digest != checksum:
+        if (digest := file_digest(part, algorithm)) != checksum:
             part.unlink()
             raise ValueError(f"{url}: {algorithm} {digest}, expected {checksum}; the file was removed, run again")
         os.replace(part, path)
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 @contextlib.contextmanager

@@ -35,16 +35,6 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # lossless formats only
 ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
-FROM_COLORS = """a mask in colors ({mode}); masks hold class indices, and this makes them from the colors of a list:
-
-    from pathlib import Path; import numpy as np; from PIL import Image; from data import read_classes
-    names, colors = read_classes("LIST")  # a file with name, R, G, B on each line, tabs between them
-    Path("indices/{name}").mkdir(parents=True, exist_ok=True)
-    for path in Path("{folder}").glob("*{suffix}"):
-        match = (np.asarray(Image.open(path).convert("RGB"))[:, :, None] == np.array(colors)).all(3)  # (H, W, K)
-        mask = np.where(match.any(2), match.argmax(2), 255)  # 255, ignored: a color that is not in the list
-        Image.fromarray(mask.astype("uint8")).save(f"indices/{name}/{{path.stem}}.png")
-"""
 
 # ------------------------------------------------------------------------------------------------ class lists, reading
 
@@ -110,24 +100,27 @@ def is_ade20k(masks: str | Path) -> bool:
 def files_by_stem(folder: str | Path, suffixes: set[str]) -> dict[str, Path]:
     """The image files of a folder, sorted; files of other types are skipped."""
     files: dict[str, Path] = {}
-    for path in sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in suffixes and p.name[0] != "."):
+    visible = sorted(p for p in Path(folder).glob("[!.]*") if p.is_file())
+    for path in (p for p in visible if p.suffix.lower() in suffixes):
         if path.stem in files:
             raise ValueError(f"{path}: same name as {files[path.stem].name}; images and masks are paired by name")
         files[path.stem] = path
     if not files:
-        what = "no image files there" if Path(folder).is_dir() else "no such folder"
+        others = " ".join(sorted({p.suffix for p in visible})[:5])
+        what = f"no files of these types, only {others}" if others else "no image files there"
+        what = what if Path(folder).is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {what}; expected {' '.join(sorted(suffixes))}")
     return files
 
 
 def open_image(path: str | Path) -> Image.Image:
     """A fully decoded Pillow image; a file that cannot be decoded raises a ValueError that names it."""
+    if not Path(path).is_file():  # opening a pipe would wait for its other end
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
             image.load()
             return image
-    except FileNotFoundError:
-        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
         raise ValueError(f"{path}: not readable as an image, remove or replace it ({error})") from error
 
@@ -229,9 +222,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if image.mode in ("RGB", "RGBA") and (mask[..., :3] == mask[..., :1]).all():
             mask = mask[..., 0]
         elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            folder = Path(os.path.abspath(path)).parent
-            facts = {"mode": image.mode, "folder": folder, "name": folder.name, "suffix": path.suffix}
-            raise ValueError(f"{path}: {FROM_COLORS.format(**facts)}")
+            how = 'README.md, "Your own data", has the lines that convert it'
+            raise ValueError(f"{path}: a mask in colors ({image.mode}), but masks hold class indices; {how}")
         # a table for bytes, the usual case: masks have hundreds of thousands of pixels
         if mask.dtype == np.uint8:
             label = self.to_labels(np.arange(256)).take(mask)  # (H, W)
@@ -441,28 +433,45 @@ def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main()`; a mistake prints one line and exits with status 2, Ctrl-C and SIGTERM with 130."""
+    """Run a script's `main()`; an error prints one line and exits with status 2, Ctrl-C and SIGTERM with 130."""
     if "LOCAL_RANK" not in os.environ:  # under torchrun, a process that waits for another could not react
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         main()
         if dist.is_initialized():
             dist.barrier()  # leave together: a process that waits for one that has left may wait forever
-    except (ValueError, OSError) as error:
-        # An error in a loader's worker arrives as a whole traceback, which ends with "Type: message".
-        message = (str(error).strip() or repr(error)).rpartition(f"\n{type(error).__name__}: ")[2]
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
-            raise  # (torch.save turns Ctrl-C into a RuntimeError)
+    except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
-            why = f": {error}" if isinstance(error, KeyboardInterrupt) and str(error) else ""
-            print(f"interrupted{why}", file=sys.stderr)
+            print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("DENSECLIP_DEBUG"):
+            raise
+        message = describe(error)
+        print(f"error: {message}", file=sys.stderr)
+        from torch.distributed.elastic.multiprocessing import errors
+
+        errors.get_error_handler().record_exception(ValueError(message))  # for torchrun's summary of all processes
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def describe(error: Exception) -> str:
+    """An error as one line: what happened and the way out."""
+    # an error in a loader's worker arrives as a whole traceback, which ends with "Type: message"
+    message = (str(error).strip() or repr(error)).rpartition(f"\n{type(error).__name__}: ")[2]
+    if isinstance(error, ValueError | OSError):  # a user's mistake
+        return "\\n".join(message.splitlines())  # a file's name may have several lines
+    first = f"{type(error).__name__}: {message.partition(chr(10))[0]}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in message:
+        return f"{first}; a smaller --batch-size, --accumulate and --recompute need less, so do smaller images"
+    if "DataLoader worker" in message:
+        return f"{first}; perhaps memory was short: fewer --workers; --resume continues training"
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return f"{first}; if another process ended first, its message says why"
+    return f"{first}; please report this, with what is printed if DENSECLIP_DEBUG=1 is set"
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ For a ResNet H4 = H / 32. For a ViT H4 = H / patch size, and x3 has this size, s
 import contextlib
 import ctypes
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,9 +33,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import clip_model
-from clip_model import ARCHITECTURES, IGNORE_INDEX, Architecture, ResNet, TextEncoder, VisionTransformer, attention
+from clip_model import ARCHITECTURES, IGNORE_INDEX, Architecture, ResNet, TextEncoder, VisionTransformer
 from heads import FPN, FCNHead, SemanticFPNHead, UperNetHead, resize
 
 # ------------------------------------------------------------------------------------------------ the method
@@ -164,8 +164,12 @@ class LanguageGuidedEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """(len(texts), L). Released code: L is 5, more than 3 tokens are an error. Here the longest name decides."""
-        from tokenizer import encode, tokenize  # here, so that a model with stored text needs no vocabulary
+        from tokenizer import SOT, encode, tokenize  # here, so that a model with stored text needs no vocabulary
 
+        tokens = [encode(text) for text in texts]
+        for i, text in enumerate(texts):
+            if not tokens[i] or max(tokens[i]) >= SOT or tokens[i] in tokens[:i]:
+                raise ValueError(f"{text!r} is empty, a special token or the same as another name to CLIP's tokenizer")
         longest = max(texts, key=lambda text: len(encode(text)))
         length = max(5, 2 + len(encode(longest)))
         room = self.text_encoder.context_length - self.num_contexts
@@ -270,38 +274,17 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits: (B, K, h, w), any size; labels: (B, H, W)
     Released code: the mean is over all pixels; ignored ones count as 0.
     """
-    return PixelCrossEntropy.apply(logits.float(), labels)
 
+    def image_loss(x: Tensor, y: Tensor) -> Tensor:  # (1, K, h, w), (1, H, W) -> sum over pixels
+        x = resize(x.contiguous(memory_format=torch.channels_last), y.shape[1:])  # (1, K, H, W)
+        pixels = x.permute(0, 2, 3, 1).flatten(0, 2)  # (HW, K), classes side by side in memory
+        return F.cross_entropy(pixels, y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
-class PixelCrossEntropy(torch.autograd.Function):
-    """Up-samples and scores one image at a time and computes its gradient right away, to save memory and time.
-
-    The logits at full size (157 MB per image with 150 classes, 512 x 512 pixels) never exist for the whole batch, and
-    the softmax runs over classes that lie side by side in memory.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        total, gradients = 0, []
-        for x, y in zip(logits.split(1), labels.flatten(1), strict=True):  # (1, K, h, w), (HW,)
-            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(ctx.needs_input_grad[0])
-            with torch.set_grad_enabled(x.requires_grad):
-                pixels = resize(x, labels.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)  # (HW, K)
-            weight = (y != IGNORE_INDEX)[:, None] / labels.numel()  # (HW, 1)
-            y = y[:, None].where(weight > 0, 0).long()  # (HW, 1)
-            log_p = pixels.log_softmax(dim=1)  # (HW, K)
-            total = total - (log_p.gather(1, y) * weight).sum()
-            if x.requires_grad:  # d loss / d logits = softmax - one-hot
-                gradient = log_p.exp_().scatter_add_(1, y, -torch.ones_like(weight)).mul_(weight)  # (HW, K)
-                gradients += torch.autograd.grad(pixels, x, gradient)  # (1, K, h, w)
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))  # (B, K, h, w)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.saved_tensors[0], None
+    # One image at a time, and again for the gradient: the logits at full size (157 MB per image with 150 classes and
+    # 512 x 512 pixels) never exist for the whole batch.
+    per_image = zip(logits.float().split(1), labels.split(1), strict=True)
+    losses = [checkpoint(image_loss, *each, use_reentrant=False, preserve_rng_state=False) for each in per_image]
+    return sum(losses) / labels.numel()
 
 
 # ------------------------------------------------------------------------------------------------ context decoder
@@ -319,7 +302,7 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """queries: (B, K, width); memory: (B, M, width); return: (B, K, width)."""
         q, k, v = self.q_proj(queries), self.k_proj(memory), self.v_proj(memory)  # (B, K or M, width)
-        return self.dropout(self.proj(attention(q, k, v, self.heads)))  # (B, K, width)
+        return self.dropout(self.proj(clip_model.attention(q, k, v, self.heads)))  # (B, K, width)
 
 
 class DecoderLayer(nn.Module):
@@ -388,13 +371,7 @@ class Preset:
 PRESETS = {
     "rn50": Preset(ARCHITECTURES["RN50"], 512),
     "rn101": Preset(ARCHITECTURES["RN101"], 512),
-    "rn50x4": Preset(ARCHITECTURES["RN50x4"], 512),
-    "rn50x16": Preset(ARCHITECTURES["RN50x16"], 512),
-    "rn50x64": Preset(ARCHITECTURES["RN50x64"], 512),
-    "vitb32": Preset(ARCHITECTURES["ViT-B/32"], 640, drop_path=0.1),
     "vitb16": Preset(ARCHITECTURES["ViT-B/16"], 640, drop_path=0.1),
-    "vitl14": Preset(ARCHITECTURES["ViT-L/14"], 644, drop_path=0.1),  # 46 patches per side
-    "vitl14_336": Preset(ARCHITECTURES["ViT-L/14@336px"], 644, drop_path=0.1),
     # for a CPU, from random weights
     "tiny": Preset(Architecture(128, 128, (1, 1, 1, 1), 32, 0, 64, 2), 128, channels=64, decoder_width=64),
     "tiny_vit": Preset(Architecture(128, 128, 4, 128, 16, 64, 2), 128, channels=64, decoder_width=64),
@@ -435,9 +412,44 @@ class Settings:
     stored_text: bool | None = None  # set by freeze_text: text embeddings instead of the text encoder; False
 
 
+RANGES = {  # every number that a user may set, in Settings or as an option of a script
+    "num_contexts decoder_layers": (1, 64),
+    "gamma": (-1e3, 1e3),
+    "aux_weight fcn_weight": (0, 1e3),
+    "tau": (1e-4, 1e3),
+    "crop_size short_side": (32, 8192),  # pixels
+    "drop_path": (0, 0.99),
+    "context_length": (5, 1024),
+    "iterations eval_every save_every log_every": (1, 10**9),
+    "batch_size accumulate": (1, 10**6),
+    "lr weight_decay backbone_lr_multiplier text_lr_multiplier": (0, 1e3),
+    "power min_lr": (0, 10),
+    "warmup": (0, 10**9),
+    "clip_grad": (0, 1e9),
+    "seed": (0, 2**32 - 1),
+    "ignore_index": (-1, 65535),  # mask values have 16 bits at most
+    "workers": (0, 256),
+    "threshold": (0, 1),
+}
+RANGES = {name: limits for names, limits in RANGES.items() for name in names.split()}
+
+
+def check_ranges(values: dict) -> None:
+    """A ValueError for the first number that is outside its range in RANGES, or nan; None and other names are fine."""
+    for name, (low, high) in RANGES.items():
+        if (value := values.get(name)) is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}, it must be from {low} to {high}")
+
+
 def resolve(settings: Settings, preset: Preset) -> Settings:
     """The settings with defaults filled in. What would have no effect stays None, and a ValueError if it was given."""
     s = settings
+    for name, kind in Settings.__annotations__.items():
+        value = getattr(s, name)
+        number = type(value) is int and isinstance(0.0, kind)  # a whole number where fractions are possible
+        if not number and (not isinstance(value, kind) or isinstance(value, bool) and kind != bool | None):
+            raise ValueError(f"{name} is {value!r}, expected {kind}")
+    check_ranges(asdict(s))
     for name, value, choices in (("prompting", s.prompting, PROMPTING), ("head", s.head or "fpn", ("fpn", "upernet"))):
         if value not in choices:
             raise ValueError(f"no {name} named {value!r}: choose one of {', '.join(choices)}")
@@ -473,12 +485,6 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
         elif value is not None and not has_effect:
             what = f"prompting={s.prompting}" + (f", backbone={s.backbone}" if s.backbone else "")
             raise ValueError(f"{name}={value} would have no effect: it needs {needs} ({what}); leave it out")
-    ranges = {"num_contexts decoder_layers": (1, 64), "crop_size short_side": (32, 8192), "context_length": (5, 1024)}
-    ranges |= {"gamma": (-1e3, 1e3), "aux_weight fcn_weight": (0, 1e3), "tau": (1e-4, 1e3), "drop_path": (0, 0.99)}
-    for names, (low, high) in ranges.items():
-        for name in names.split():
-            if (value := getattr(s, name)) is not None and not low <= value <= high:
-                raise ValueError(f"{name} is {value}, it must be from {low} to {high}")
     if s.templates is not None and not (s.templates and all(str(text).count("{}") == 1 for text in s.templates)):
         raise ValueError(f"templates={s.templates}: expected texts with one {{}} each, for the class name")
     if language and not (s.aux_weight or s.join_score_map):
@@ -579,11 +585,10 @@ def check_class_names(class_names: list[str], number: int = 0) -> None:
 def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> None:
     """Load CLIP's text encoder, and its image encoder with positional embeddings resized, unless it was replaced."""
     weights = clip_model.read_weights(clip)
-    found = clip_model.read_architecture(weights, clip)
-    for field in ("layers", "width", "patch_size", "embed_dim", "text_width", "text_layers"):
-        theirs, ours = getattr(found, field), getattr(expected, field)
-        if theirs != ours:
-            raise ValueError(f"{clip}: weights of another architecture: {field} is {theirs}, the model expects {ours}")
+    found, ours = asdict(clip_model.read_architecture(weights, clip)), asdict(expected)
+    if differ := [key for key in found if found[key] != ours[key] and key != "input_resolution"]:
+        what = ", ".join(f"{key} is {found[key]}, the model expects {ours[key]}" for key in differ)
+        raise ValueError(f"{clip}: weights of another architecture: {what}")
     if isinstance(encoder, LanguageGuidedEncoder):
         text = {key: value for key, value in weights.items() if not key.startswith(("visual.", "logit_scale"))}
         clip_model.load_weights(encoder.text_encoder, text, clip)
@@ -616,34 +621,61 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     checkpoint = {"name": model.name, "settings": asdict(model.settings), "class_names": model.class_names}
-    with open(part, "wb") as file:
-        torch.save({**checkpoint, "model": model.state_dict(), **extra}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save({**checkpoint, "model": model.state_dict(), **extra}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch wraps what stopped its writing, such as a full disk or Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise OSError(
+            f"{path} was left as it is: writing failed, is the disk full? ({error.__context__ or error})"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The dictionary that `save_checkpoint` wrote, on the CPU; a ValueError for any other file."""
-    checkpoint = read_tensors(path)
-    if isinstance(checkpoint, dict) and {"name", "settings", "class_names", "model"} <= checkpoint.keys():
-        return checkpoint
-    how = f"if it is of the authors' release, convert it: python convert.py {path} OURS.pt"
-    raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote; {how}")
+    """The dictionary that `save_checkpoint` wrote, on the CPU; a ValueError for any other file.
+
+    What other files read of a checkpoint has the types in FIELDS.
+    """
+    checkpoint = clip_model.read_tensors(path)
+    if not isinstance(checkpoint, dict) or not {"name", "settings", "class_names", "model"} <= checkpoint.keys():
+        how = f"if it is of the authors' release, convert it: python convert.py {path} OURS.pt"
+        raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote; {how}")
+    wrong = [name for name, kind in FIELDS.items() if name in checkpoint and not fits(checkpoint[name], kind)]
+    if wrong:
+        raise ValueError(f"{path}: a damaged checkpoint, its {' and '.join(wrong)} cannot be read")
+    return checkpoint
 
 
-def read_tensors(path: str | Path) -> object:
-    """What torch.save wrote to path, if it consists of tensors and built-in types: loading it runs no code."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's messages run over many lines and do not name the file
-        reason = f"perhaps cut short ({str(error).strip().partition(chr(10))[0]})"
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "or it holds more than tensors and built-in types; if it is the authors' and you trust it, "
-            reason += f"python convert.py {path} OURS.pt --unsafe runs whatever code it holds"
-        raise ValueError(f"{path}: not a readable checkpoint, {reason}") from None
+FIELDS = {  # of a checkpoint, and their types; the last four are last.pt's alone
+    "name": str,
+    "settings": {str: object},
+    "class_names": [str],
+    "model": {str: Tensor},
+    "run": {str: object},  # Recipe and more, see train.py
+    "data": {str: list | None},  # colors of the classes, validation set
+    "iteration": int,
+    "best": float,
+    "optimizer": {str: object},
+    "random_states": [dict],
+}
+
+
+def fits(value: object, kind: type | list | dict) -> bool:
+    """Whether a value has a type; [type]: a list of it, {type: type}: a dictionary."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and bool(value) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        ((of_key, of_value),) = kind.items()
+        return isinstance(value, dict) and all(
+            isinstance(k, of_key) and isinstance(v, of_value) for k, v in value.items()
+        )
+    return isinstance(value, kind)
 
 
 def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> DenseCLIP:
@@ -660,12 +692,13 @@ def restore_model(checkpoint: dict, path: str | Path, build: Callable, class_nam
     class_names: list of other names for the same classes, such as synonyms
     backbone:    module or string of your own, as it was given for training; a checkpoint alone never imports code
     """
-    settings = {"short_side": checkpoint.get("run", {}).get("short_side"), **checkpoint["settings"]}
-    if ":" in (settings.get("backbone") or "") and backbone is None:
+    settings = dict(checkpoint["settings"])
+    if ":" in str(settings.get("backbone")) and backbone is None:
         how = f"--backbone {settings['backbone']} imports it"
         raise ValueError(f"{path}: its backbone is code that is not in the file; {how}")
     settings["backbone"] = settings.get("backbone") if backbone is None else backbone
     try:
+        Settings(**{**settings, "backbone": None})  # no other names, such as "clip"
         model = build(checkpoint["name"], checkpoint["class_names"], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its model cannot be built: {error}") from None

@@ -76,7 +76,6 @@ def as_released() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, function in (
             (clip_model, "attention", released_attention),
-            (denseclip, "attention", released_attention),
             (denseclip, "pixel_cross_entropy", released_cross_entropy),
             (clip_model.ResidualAttentionBlock, "forward", released_block),
             (denseclip.LanguageGuidedEncoder, "embed_class_names", released_text),

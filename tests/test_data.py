@@ -8,7 +8,6 @@ import io
 import itertools
 import random
 import sys
-import textwrap
 import threading
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import readme_block
 from PIL import Image
 
 import data
@@ -294,18 +294,16 @@ def test_color_mask(tmp_path, monkeypatch):
     pairs = folders(tmp_path, np.stack([gray] * 3, axis=2))
     assert np.array_equal(SegmentationDataset(*pairs, 2, keep)[0][1], gray)  # RGB without colors
     pairs = folders(tmp_path, np.zeros((4, 6, 3), np.uint8) + np.array([0, 9, 0], np.uint8))
-    with pytest.raises(ValueError, match=r"one.png: a mask in colors \(RGB\); masks hold class indices") as error:
+    with pytest.raises(ValueError, match=r"one.png: a mask in colors \(RGB\), but masks hold class indices"):
         SegmentationDataset(*pairs, 2, keep)[0]
 
-    # The error's snippet converts a folder of such masks
+    # README's snippet converts a folder of such masks
     colors, mask = np.array([(0, 0, 0), (200, 0, 0), (9, 9, 9)], np.uint8), np.arange(24).reshape(4, 6) % 3
     Image.fromarray(colors[mask]).save(tmp_path / "masks" / "one.png")
-    (tmp_path / "list.txt").write_text("road\t0\t0\t0\nsky\t200\t0\t0\n")
-    snippet = textwrap.dedent(str(error.value).partition("\n")[2]).replace("LIST", "../list.txt")
-    (tmp_path / "new").mkdir()
-    monkeypatch.chdir(tmp_path / "new")
-    exec(snippet, {})
-    assert np.array_equal(Image.open("indices/masks/one.png"), np.where(mask == 2, 255, mask))
+    (tmp_path / "classes.txt").write_text("road\t0\t0\t0\nsky\t200\t0\t0\n")
+    monkeypatch.chdir(tmp_path)
+    exec(readme_block("Image.open(path)").replace("masks/train", "masks"), {})
+    assert np.array_equal(Image.open("indices/one.png"), np.where(mask == 2, 255, mask))
 
 
 def test_data_are_looked_at_before_training(tmp_path):

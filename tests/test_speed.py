@@ -64,7 +64,7 @@ def test_a_text_beyond_the_positions_is_refused():
 
 
 def test_a_label_that_is_no_class_is_refused():
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises(IndexError, match="out of bounds"):
         pixel_cross_entropy(torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 3))
 
 
