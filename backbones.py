@@ -38,7 +38,11 @@ class AttentionPoolBackbone(nn.Module):
     def __init__(self, module: nn.Module, embed_dim: int, input_resolution: int = 512, imagenet_normalize: bool = True):
         super().__init__()
         self.module, self.embed_dim = module, embed_dim
-        self.normalize = ImageNetNormalize() if imagenet_normalize else nn.Identity()
+        # from CLIP's normalization to the module's
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet_normalize else (clip_model.MEAN, clip_model.STD)
+        mean, std = torch.tensor([clip_model.MEAN, mean]), torch.tensor([clip_model.STD, std])  # (2, 3)
+        self.register_buffer("scale", (std[0] / std[1]).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", ((mean[0] - mean[1]) / std[1]).view(3, 1, 1), persistent=False)
         shapes = self.try_module(input_resolution)
         self.channels, self.attnpool = [shape[1] for shape in shapes], None
         if embed_dim:
@@ -55,7 +59,7 @@ class AttentionPoolBackbone(nn.Module):
         return pyramid, *(self.attnpool(pyramid[-1]) if self.attnpool else (None, None))
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        maps = self.module(self.normalize(images))  # list or dictionary of (B, C_i, H_i, W_i)
+        maps = self.module(images * self.scale + self.shift)  # list or dictionary of (B, C_i, H_i, W_i)
         return list(maps.values() if isinstance(maps, dict) else maps)
 
     @torch.no_grad()
@@ -72,8 +76,7 @@ class AttentionPoolBackbone(nn.Module):
         self.module.train(training)
         four = [len(shape) for shape in shapes] == [4] * 4
         if not four or any(abs(2 * shapes[i + 1][d] - shapes[i][d]) > 1 for i in range(3) for d in (2, 3)):
-            what = "expected four feature maps (B, C, H, W) that halve in size each time"
-            raise ValueError(f"{name}: {what}, got {shapes}")
+            raise ValueError(f"{name}: expected four maps (B, C, H, W) that halve in size each time, got {shapes}")
         return shapes
 
 
@@ -115,11 +118,10 @@ class ViTPyramid(nn.Module, FourScales):
         self.make_scales(net.hidden_dim)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.conv_proj(images)  # (B, D, h, w)
-        size = x.shape[-2:]
-        class_token = self.class_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
+        x, maps = self.conv_proj(images), []  # (B, D, h, w)
+        size, class_token = tuple(x.shape[-2:]), self.class_token.expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([class_token, x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
-        x, maps = x + clip_model.resize_positions(self.pos_embedding[0], tuple(size)), []  # (B, 1 + hw, D)
+        x = x + clip_model.resize_positions(self.pos_embedding[0], size)  # (B, 1 + hw, D)
         for i, layer in enumerate(self.layers):
             x = layer(x)  # (B, 1 + hw, D)
             if i in (3, 5, 7, 11):
@@ -137,12 +139,10 @@ class ResNetPyramid(nn.Module):
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images)  # (B, 64, H/4, W/4)
-        pyramid = []
+        maps = [self.stem(images)]  # (B, 64, H/4, W/4)
         for stage in self.stages:
-            x = stage(x)  # (B, C_i, H_i, W_i)
-            pyramid.append(x)
-        return pyramid
+            maps.append(stage(maps[-1]))  # (B, C_i, H_i, W_i)
+        return maps[1:]
 
 
 class SwinPyramid(nn.Module):
@@ -169,19 +169,6 @@ class SwinPyramid(nn.Module):
             x = stage(x)  # (B, H_i, W_i, C_i)
             pyramid.append(norm(x).permute(0, 3, 1, 2).contiguous())  # (B, C_i, H_i, W_i)
         return pyramid
-
-
-class ImageNetNormalize(nn.Module):
-    """Images (B, 3, H, W) normalized with CLIP's mean and std, to ImageNet's mean and std."""
-
-    def __init__(self):
-        super().__init__()
-        mean, std = torch.tensor([clip_model.MEAN, IMAGENET_MEAN]), torch.tensor([clip_model.STD, IMAGENET_STD])
-        self.register_buffer("scale", (std[0] / std[1]).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", ((mean[0] - mean[1]) / std[1]).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images * self.scale + self.shift
 
 
 PYRAMIDS = dict.fromkeys(("resnet18", "resnet50", "resnet101"), ResNetPyramid)

@@ -6,8 +6,10 @@ the category of the same name; without a model, categories are sorted by id. Ima
 """
 
 import contextlib
+import itertools
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,11 @@ except ImportError:  # optional: CocoDetection raises the error
 
 # COCOeval's first six numbers, in its order: name in the metrics -> title in the table
 SUMMARY = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "APs", "ap_medium": "APm", "ap_large": "APl"}
+FIELDS = {  # what is read of every entry of the JSON file, and its types
+    "images": {"id": (int, str), "file_name": (str,)},
+    "annotations": {"image_id": (int, str), "category_id": (int, str), "bbox": (list,)},
+    "categories": {"id": (int, str), "name": (str,)},
+}
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -38,37 +45,40 @@ SUMMARY = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "APs", "ap_me
 
 def find_coco(root: str | Path, split: str) -> tuple[Path, Path]:
     """(image folder, annotation file) of a split, "train" or "val", in COCO's layout or the generic one."""
-    root = Path(root)
-    for name in (f"{split}2017", split):
-        annotations = root / "annotations" / f"instances_{name}.json"
-        for images in (root / name, root / "images" / name):
-            if images.is_dir() and annotations.is_file():
-                return images, annotations
+    for name, folder in itertools.product((f"{split}2017", split), ("", "images")):
+        images, annotations = Path(root, folder, name), Path(root, "annotations", f"instances_{name}.json")
+        if images.is_dir() and annotations.is_file():
+            return images, annotations
     generic = f"images/{split} and annotations/instances_{split}.json; or give --{split} IMAGES JSON"
     raise FileNotFoundError(f"{root}: expected {split}2017 and annotations/instances_{split}2017.json, or {generic}")
 
 
 def read_annotations(path: str | Path) -> dict[str, list[dict]]:
-    """The JSON file with its "images", "annotations" and "categories", checked for what this file reads of them."""
+    """The JSON file with its "images", "annotations" and "categories", checked for what FIELDS lists."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; expected annotations in COCO's format")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file, or cut short ({error})") from None
-    required = {
-        "images": {"id": (int, str), "file_name": str},
-        "annotations": {"image_id": (int, str), "category_id": int, "bbox": list},
-        "categories": {"id": int, "name": str},
-    }
-    for name, types in required.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), list) or not content[name]:
-            raise ValueError(f"{path}: no {name!r}; COCO's format needs images, annotations and categories")
-        for i, entry in enumerate(content[name]):
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), t) for key, t in types.items()):
-                raise ValueError(f"{path}: {name}[{i}] needs {', '.join(types)}, but is {str(entry)[:80]}")
+    for name, fields in FIELDS.items():
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not entries:
+            what = f"no {name!r}" if isinstance(content, dict) else f"a {type(content).__name__}, not a dictionary"
+            raise ValueError(f"{path}: {what}; COCO's format needs images, annotations and categories")
+        for i, entry in enumerate(entries):
+            for key, types in fields.items():
+                if not isinstance(entry, dict) or type(entry.get(key)) not in types:
+                    kinds = " or ".join(kind.__name__ for kind in types)
+                    raise ValueError(f"{path}: {name}[{i}] needs {key} ({kinds}), but is {entry!r:.120}")
     for name, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
         value, count = Counter(entry[key] for entry in content[name]).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"{path}: {count} {name} with {key} {value!r}; keep one of them")
+            raise ValueError(f"{path}: {count} {name} with {key} {value!r:.80}; keep one of them")
+    for name, key in (("images", "image_id"), ("categories", "category_id")):
+        ids = list({entry["id"] for entry in content[name]} | {entry[key] for entry in content["annotations"]})
+        if np.array(ids).tolist() != ids:  # as in pycocotools, where numbers become text if there is any text
+            raise ValueError(f"{path}: ids of {name}, and {key} of annotations, must be all int or all str")
     return content
 
 
@@ -92,7 +102,6 @@ class CocoDetection(torch.utils.data.Dataset):
     dataset[key] -> image (3, h, w) float in [0, 1]; target, a dictionary of boxes (N, 4), labels (N,), image_id,
     size (H, W) as stored and, in training, masks (N, h, w) uint8; path of the image. The key is an index, or
     (index, seed) as from AspectRatioSampler: then the transform's randomness depends on the seed alone.
-
     `coco` is pycocotools' index of what is used; `repairs` counts by description what was left out or repaired.
     """
 
@@ -121,14 +130,15 @@ class CocoDetection(torch.utils.data.Dataset):
         self.category_ids = [ids[name] for name in self.class_names]  # of class k
 
         self.images = content["images"]
-        absent = [image["file_name"] for image in self.images if not (self.image_dir / image["file_name"]).is_file()]
+        names = [Path(image["file_name"]) for image in self.images]
+        absent = [n for n in names if n.is_absolute() or ".." in n.parts or not os.path.isfile(self.image_dir / n)]
         if absent:
-            what = f"{len(absent)} of its {len(self.images)} images are not in {image_dir}, the first is {absent[0]}"
+            what = f"{len(absent)} of its {len(names)} images are not in {image_dir}, the first is {str(absent[0])!r}"
             raise FileNotFoundError(f"{annotations}: {what}; give the file's own folder, or remove them from the file")
         for image in self.images:
-            if not (isinstance(image.get("width"), int) and isinstance(image.get("height"), int)):
+            if not all(type(image.get(side)) is int and 0 < image[side] < 2**16 for side in ("width", "height")):
                 image["width"], image["height"] = open_image(self.image_dir / image["file_name"]).size
-                self.repairs["missing image sizes read from the images"] += 1
+                self.repairs["missing or impossible image sizes read from the images"] += 1
         boxes = self.repair(content["annotations"])
         if train:
             not_empty = {box["image_id"] for box in boxes}
@@ -136,25 +146,31 @@ class CocoDetection(torch.utils.data.Dataset):
             self.repairs["images without boxes left out of training"] = len(content["images"]) - len(self.images)
         self.coco = make_coco(self.images, categories, boxes)
         if all(box["iscrowd"] for box in boxes):
-            raise ValueError(f"nothing to train on or to score (crowd regions do not count) in {self.summary()}")
+            why = "crowd regions do not count"
+            if self.repairs["boxes without a mask left out of training"]:
+                why = "no annotation has a mask: Mask R-CNN trains on polygons or RLE, RetinaNet needs none"
+            raise ValueError(f"nothing to train on or to score ({why}) in {self.summary()}")
 
     def repair(self, annotations: list[dict]) -> list[dict]:
         """What COCOeval reads, with the file's bbox, plus `label` in [0, K) and `box` (x1, y1, x2, y2) in the image."""
-        sizes = {image["id"]: (image["width"], image["height"]) for image in self.images}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
         kept = []
         for i, annotation in enumerate(annotations):
-            where, bbox = f"{self.annotations}: annotations[{i}]", annotation["bbox"]
-            if annotation["category_id"] not in labels:
-                raise ValueError(f"{where} has category_id {annotation['category_id']}, which is not in its categories")
-            if len(bbox) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in bbox):
-                raise ValueError(f"{where} has bbox {bbox}; expected [x, y, width, height] in pixels")
-            (x, y, w, h), (width, height) = bbox, sizes.get(annotation["image_id"], (0, 0))
+            where = f"{self.annotations}: annotations[{i}]"
+            bbox, category_id = annotation["bbox"], annotation["category_id"]
+            if category_id not in labels:
+                raise ValueError(f"{where} has category_id {category_id!r:.80}, which is not in its categories")
+            if len(bbox) != 4 or not are_numbers(bbox, 1e9):
+                raise ValueError(f"{where} has bbox {bbox!r:.80}; expected [x, y, width, height] in pixels")
+            if (crowd := annotation.get("iscrowd") or 0) not in (0, 1):
+                raise ValueError(f"{where} has iscrowd {crowd!r:.80}; expected 0 or 1")
+            (x, y, w, h), (height, width) = bbox, sizes.get(annotation["image_id"], (0, 0))
             x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-            crowd = int(annotation.get("iscrowd") == 1)
-            segmentation = usable_segmentation(annotation.get("segmentation")) if self.load_masks else None
+            segmentation = annotation.get("segmentation") if self.load_masks and height else None
+            segmentation = read_segmentation(segmentation, [height, width], where)
             reasons = {
-                "annotations of unlisted images left out": annotation["image_id"] not in sizes,
+                "annotations of unlisted images left out": not height,
                 "boxes of zero or negative size left out": w <= 0 or h <= 0,
                 "boxes outside their image left out": x2 <= x1 or y2 <= y1,
                 "crowd regions left out of training": self.train and crowd,
@@ -164,13 +180,14 @@ class CocoDetection(torch.utils.data.Dataset):
             if reason := next((text for text, applies in reasons.items() if applies), None):
                 self.repairs[reason] += 1
                 continue
-            if isinstance(segmentation, dict) and list(segmentation["size"]) != [height, width]:
-                raise ValueError(f"{where} has an RLE mask of size {segmentation['size']}, not {[height, width]}")
+            if not (are_numbers([area := annotation.get("area")], 1e10) and area > 0):
+                area = w * h
+                self.repairs["missing or impossible areas replaced by the boxes'"] += 1
             self.repairs["boxes clipped"] += self.train and max(-x, -y, x + w - width, y + h - height) > 1
             self.repairs["boxes without a mask not scored in mask AP"] += self.load_masks and not segmentation
-            annotation.update(label=labels[annotation["category_id"]], box=[x1, y1, x2, y2], segmentation=segmentation)
-            annotation.update(iscrowd=crowd, area=annotation.get("area") or w * h)
-            annotation["id"] = len(kept) + 1  # ids in files may repeat, and COCOeval takes 0 for "not matched"
+            # A new id: those in files may repeat, and COCOeval takes 0 for "not matched".
+            annotation.update(id=len(kept) + 1, iscrowd=int(crowd), area=area, segmentation=segmentation)
+            annotation.update(label=labels[category_id], box=[x1, y1, x2, y2])
             kept.append(annotation)
         return kept
 
@@ -213,12 +230,48 @@ class CocoDetection(torch.utils.data.Dataset):
         return tuple(map(list, zip(*samples, strict=True)))
 
 
-def usable_segmentation(segmentation: list | dict | None) -> list | dict | None:
-    """An RLE, or the polygons that have three corners or more; None if nothing is left."""
-    if isinstance(segmentation, dict):
-        return segmentation if segmentation.get("counts") and "size" in segmentation else None
-    polygons = [p for p in segmentation or () if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
-    return [p for p in polygons if all(isinstance(value, (int, float)) for value in p)] or None
+def are_numbers(values: list, limit: float) -> bool:
+    """Whether all are numbers from -limit to limit; bools and nan are none."""
+    numbers = set(map(type, values)) <= {int, float} and -limit <= min(values) and max(values) <= limit
+    return numbers and not math.isnan(sum(values))
+
+
+def read_segmentation(segmentation: object, size: list[int], where: str) -> list | dict | None:
+    """An RLE, or the polygons that have three corners or more; None if nothing is left.
+
+    size: [height, width] of the image; a ValueError that begins with `where` for what pycocotools would misread
+    """
+    if isinstance(segmentation, dict) and (counts := segmentation.get("counts")):
+        if segmentation.get("size") != size:
+            raise ValueError(f"{where} has an RLE mask of size {segmentation.get('size')!r:.80}, not {size}")
+        runs = decompress(counts) if isinstance(counts, str) else counts
+        valid = isinstance(runs, list) and set(map(type, runs)) == {int} and min(runs) >= 0
+        if not valid or sum(runs) != math.prod(size):
+            raise ValueError(f"{where} has an RLE mask whose counts are not those of {size[0]} x {size[1]} pixels")
+        return {"size": size, "counts": counts}
+    polygons = segmentation if isinstance(segmentation, list) else []
+    polygons = [p for p in polygons if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    if not all(are_numbers(p, 2 * max(size)) for p in polygons):
+        raise ValueError(f"{where} has a polygon with values that are no pixels of its image or nearby")
+    return polygons or None
+
+
+def decompress(text: str) -> list[int]:
+    """The runs of an RLE that pycocotools compressed; of other text, none or wrong ones.
+
+    A character from "0" on holds 5 bits of a number, lowest first, and 32 if more follow; the last bit is the sign.
+    From the fourth on, a number is the difference to the run before the last one.
+    """
+    codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48  # (characters,)
+    ends = np.flatnonzero(codes < 32)  # (runs,)
+    lengths = np.diff(ends, prepend=-1)  # (runs,), characters of each number
+    if codes.min() < 0 or codes.max() >= 64 or codes[-1] >= 32 or lengths.max() > 7:
+        return []
+    starts = ends + 1 - lengths  # (runs,)
+    bits = 5 * (np.arange(len(codes)) - starts.repeat(lengths))  # (characters,)
+    runs = np.add.reduceat((codes & 31) << bits, starts) - ((codes[ends] & 16) << 5 * lengths - 4)  # (runs,)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs.tolist()
 
 
 # ------------------------------------------------------------------------------------------------ transform and batches
@@ -243,17 +296,14 @@ class DetectionTransform:
         height, width = image.shape[1:]
         image = resize_to_fit(image / 255, self.limits)  # (3, h, w)
         new_height, new_width = image.shape[1:]
-        boxes = target["boxes"] * torch.tensor([new_width / width, new_height / height] * 2)  # (N, 4)
-        target = {**target, "boxes": boxes}
+        boxes, masks = target["boxes"] * torch.tensor([new_width / width, new_height / height] * 2), {}  # (N, 4)
         if "masks" in target:
-            target["masks"] = F.interpolate(target["masks"][None], image.shape[1:])[0]  # (N, h, w), nearest
+            masks["masks"] = F.interpolate(target["masks"][None], image.shape[1:])[0]  # (N, h, w), nearest
         if self.flip and torch.rand(()).item() < self.flip:
-            image = image.flip(-1)
-            x1, y1, x2, y2 = boxes.unbind(1)
-            target["boxes"] = torch.stack([new_width - x2, y1, new_width - x1, y2], dim=1)
-            if "masks" in target:
-                target["masks"] = target["masks"].flip(-1)
-        return image.contiguous(), target
+            x1, y1, x2, y2 = boxes.unbind(1)  # (N,)
+            boxes = torch.stack([new_width - x2, y1, new_width - x1, y2], dim=1)  # (N, 4)
+            image, masks = image.flip(-1), {name: each.flip(-1) for name, each in masks.items()}
+        return image.contiguous(), {**target, "boxes": boxes, **masks}
 
 
 class AspectRatioSampler(IterationSampler):
@@ -265,32 +315,25 @@ class AspectRatioSampler(IterationSampler):
 
     def __init__(self, dataset: CocoDetection, batch_size: int, seed: int, rank: int, world: int, start: int):
         wide = torch.tensor([image["width"] > image["height"] for image in dataset.images])
-        self.groups = [group for group in (wide.nonzero()[:, 0], (~wide).nonzero()[:, 0]) if len(group)]
-        self.batch_size = batch_size
+        self.groups, self.batch_size = [wide.nonzero()[:, 0], (~wide).nonzero()[:, 0]], batch_size
         batches = sum(math.ceil(len(group) / batch_size) for group in self.groups)
         super().__init__(batches * batch_size, seed, rank, world, start)
 
     def permutation(self, generator: torch.Generator) -> list[int]:
         """The order of one epoch."""
-        batches = []
-        for group in self.groups:
+        batches = []  # of indices (batch_size,)
+        for group in filter(len, self.groups):
             order = group[torch.randperm(len(group), generator=generator)]
             length = math.ceil(len(order) / self.batch_size) * self.batch_size
-            batches.append(order[torch.arange(length) % len(order)].view(-1, self.batch_size))
-        batches = torch.cat(batches)  # (batches, batch_size)
-        return batches[torch.randperm(len(batches), generator=generator)].flatten().tolist()
+            batches.extend(order[torch.arange(length) % len(order)].split(self.batch_size))
+        return torch.cat([batches[i] for i in torch.randperm(len(batches), generator=generator)]).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate_detection(
-    model: nn.Module,
-    dataset: CocoDetection,
-    device: torch.device | str,
-    *,
-    save_results: str | Path | None = None,
-    workers: int = 0,
+    model: nn.Module, dataset: CocoDetection, device: torch.device | str, *, save_results: Path | None = None, workers=0
 ) -> dict[str, float | Tensor]:
     """COCO's average precision of `model` on `dataset` as pycocotools computes it, in per cent; nan: no such objects.
 
@@ -300,14 +343,16 @@ def evaluate_detection(
     Several processes share the images and return the same scores. The model's mode is restored.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if save_results is not None and rank == 0:
+        save_results.parent.mkdir(parents=True, exist_ok=True)
+        save_results.open("a").close()  # if it cannot be written, then an error now, not after hours
     results, was_training = [], model.training
     model.eval()
     # A generator of its own: iterating must not change the random state that training resumes with.
     generator, shard = torch.Generator(), range(rank, len(dataset), world)
     loader = DataLoader(dataset, batch_size=None, sampler=shard, num_workers=workers, generator=generator)
-    bar = tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None)  # None: off unless in a terminal
     with torch.no_grad():
-        for image, target, _ in bar:
+        for image, target, _ in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):  # None: in terminals
             detections = model([image.to(device)], sizes=[target["size"]])[0]
             results += to_results(detections, target["image_id"], dataset.category_ids)
     model.train(was_training)
@@ -315,10 +360,9 @@ def evaluate_detection(
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, results)
-        results = [result for part in parts for result in part]
+        results = list(itertools.chain(*parts))
     if save_results is not None and rank == 0:
-        Path(save_results).parent.mkdir(parents=True, exist_ok=True)
-        Path(save_results).write_text(json.dumps(results), encoding="utf-8")
+        save_results.write_text(json.dumps(results), encoding="utf-8")
     return average_precision(dataset, results)
 
 
@@ -331,7 +375,7 @@ def to_results(detections: dict[str, Tensor], image_id: int | str, category_ids:
         for box, score, label in zip(boxes, scores.tolist(), labels.tolist(), strict=True)
     ]
     if "masks" in detections and COCO is not None:
-        for result, mask in zip(results, detections["masks"].cpu().numpy(), strict=True):  # (H, W), one at a time
+        for result, mask in zip(results, detections["masks"].cpu().numpy(), strict=True):  # (H, W)
             rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
             result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
     return results
@@ -363,13 +407,12 @@ def average_precision(dataset: CocoDetection, results: list[dict]) -> dict[str, 
 
 def format_ap_table(metrics: dict, class_names: list[str]) -> str:
     """AP in per cent as text: one line per class, then the means ("-": no such objects)."""
-    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
-    titles = [*class_names, *SUMMARY.values()]
+    kinds, titles = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics], [*class_names, *SUMMARY.values()]
     width = max(map(len, ["class", *titles]))
-    header = f"{'class':<{width}}" + "".join(f"{f'{kind} AP':>10}" for kind in kinds)
-    rule = "-" * len(header)
+    lines = [f"{'class':<{width}}" + "".join(f"{f'{kind} AP':>10}" for kind in kinds)]
     columns = [[*metrics[f"{k}_ap_per_class"].tolist(), *(metrics[f"{k}_{name}"] for name in SUMMARY)] for k in kinds]
-    lines = []
     for title, *values in zip(titles, *columns, strict=True):
         lines.append(f"{title:<{width}}" + "".join(f"{'-' if math.isnan(v) else f'{v:.2f}':>10}" for v in values))
-    return "\n".join([header, rule, *lines[: len(class_names)], rule, *lines[len(class_names) :]])
+    for i in (1, len(class_names) + 2):
+        lines.insert(i, "-" * len(lines[0]))
+    return "\n".join(lines)

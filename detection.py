@@ -60,8 +60,7 @@ class Detector(nn.Module):
 
     def __init__(self, encoder: nn.Module, neck: nn.Module, head: nn.Module, name: str, settings: Settings):
         super().__init__()
-        self.encoder, self.neck, self.head = encoder, neck, head
-        self.name, self.settings = name, settings
+        self.encoder, self.neck, self.head, self.name, self.settings = encoder, neck, head, name, settings
         self.tau, self.aux_weight, self.short_side = settings.tau, settings.aux_weight, settings.short_side
 
     class_names, freeze_text = DenseCLIP.class_names, DenseCLIP.freeze_text  # a property and a method, see there
@@ -91,8 +90,7 @@ class Detector(nn.Module):
                     found["masks"] = paste_masks(found["masks"], found["boxes"], size)  # (N, H, W)
             return outputs
 
-        if score_map is not None and self.aux_weight:
-            # Eq. (8): BCE(sigmoid(s / tau), y~)
+        if score_map is not None and self.aux_weight:  # Eq. (8): BCE(sigmoid(s / tau), y~)
             aux_loss = box_text_loss(score_map / self.tau, targets, batch.tensors.shape[-2:])  # scalar
             outputs["aux_loss"] = self.aux_weight * aux_loss
         return outputs

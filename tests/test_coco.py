@@ -191,11 +191,15 @@ def test_repairs_are_counted(content, tmp_path):
     a[6]["bbox"] = [5, 5, 0.5, 20]
     a[7]["segmentation"] = [1, 2, 30, 2, 30, 30]  # numbers, not polygons
     a[8]["segmentation"] = [[[1, 2], [3, 4]]]
+    a[8]["area"] = float("nan")
     a += [{**a[8], "segmentation": [[40, 5, 60, 5, 60, 25]], "bbox": [40, 5, 20, 20]}]  # with the id of another
+    a[-1]["area"] = -5
     del content["images"][1]["width"]
+    content["images"][2]["height"] = 70000
     train = open_set(tmp_path, content, load_masks=True, train=True)
     counts = {
-        "missing image sizes read from the images": 1,
+        "missing or impossible image sizes read from the images": 2,
+        "missing or impossible areas replaced by the boxes'": 1,
         "boxes of zero or negative size left out": 2,
         "boxes outside their image left out": 1,
         "boxes clipped": 1,
@@ -205,7 +209,8 @@ def test_repairs_are_counted(content, tmp_path):
         "images without boxes left out of training": 1,
     }
     assert train.repairs == Counter(counts)
-    assert "2 images, 2 boxes, 3 classes; missing image sizes read from the images: 1; boxes of" in train.summary()
+    assert "2 images, 2 boxes, 3 classes; missing or impossible image sizes read from the images: 2;" in train.summary()
+    assert [a["area"] for a in train.coco.anns.values()] == [content["annotations"][3]["area"], 400]
     assert [a["box"] for a in train.coco.anns.values()] == [[0, 0, 30, 30], [40, 5, 60, 25]]
 
     val = open_set(tmp_path, load_masks=True)
@@ -221,15 +226,26 @@ def test_repairs_are_counted(content, tmp_path):
         ("categories", None, None, "no 'categories'"),
         ("images", None, [], "no 'images'"),
         ("annotations", None, [], "no 'annotations'"),
-        ("images", 0, {"file_name": 3}, r"images\[0\] needs id, file_name"),
-        ("annotations", 4, {"bbox": None}, r"annotations\[4\] needs image_id, category_id, bbox"),
-        ("annotations", 0, {"category_id": [1]}, r"annotations\[0\] needs"),
-        ("categories", 0, {"name": None}, r"categories\[0\] needs id, name"),
+        ("images", 0, {"file_name": 3}, r"images\[0\] needs file_name \(str\), but is {'id': 100"),
+        ("images", 1, {"id": True}, r"images\[1\] needs id \(int or str\)"),
+        ("annotations", 4, {"bbox": None}, r"annotations\[4\] needs bbox \(list\)"),
+        ("annotations", 0, {"category_id": [1]}, r"annotations\[0\] needs category_id \(int or str\)"),
+        ("categories", 0, {"name": None}, r"categories\[0\] needs name \(str\)"),
+        ("categories", 1, {"id": 3.0}, r"categories\[1\] needs id \(int or str\)"),
+        ("images", 2, {"id": "102"}, "ids of images, and image_id of annotations, must be all int or all str"),
+        ("annotations", 2, {"category_id": "90"}, "ids of categories, and category_id of annotations, must be all int"),
         ("images", 1, {"id": 100}, "2 images with id 100"),
         ("categories", 1, {"name": "disc"}, "2 categories with name 'disc'"),
         ("annotations", 1, {"category_id": 5}, r"annotations\[1\] has category_id 5"),
         ("annotations", 1, {"bbox": [1, float("nan"), 3, 4]}, r"annotations\[1\] has bbox \[1, nan, 3, 4\]"),
-        ("images", 2, {"file_name": "9.png"}, "1 of its 3 images are not in .*the first is 9.png"),
+        ("annotations", 1, {"bbox": [1, 2, 3, 10**400]}, r"annotations\[1\] has bbox \[1, 2, 3, 1000"),
+        ("annotations", 1, {"bbox": [1, 2, True, 4]}, r"annotations\[1\] has bbox \[1, 2, True, 4\]"),
+        ("annotations", 1, {"iscrowd": "1"}, r"annotations\[1\] has iscrowd '1'; expected 0 or 1"),
+        ("annotations", 1, {"iscrowd": [0]}, r"annotations\[1\] has iscrowd \[0\]; expected 0 or 1"),
+        ("images", 2, {"file_name": "9.png"}, "1 of its 3 images are not in .*the first is '9.png'"),
+        ("images", 2, {"file_name": "../images/2.png"}, "1 of its 3 images are not in .*the first is '../images/2"),
+        ("images", 2, {"file_name": "/dev/null"}, "1 of its 3 images are not in .*the first is '/dev/null'"),
+        ("images", 2, {"file_name": "2.png\0"}, r"1 of its 3 images are not in .*the first is '2.png\\x00'"),
         ("annotations", None, [{"image_id": 100, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1}], "nothing to"),
     ],
 )
@@ -243,11 +259,83 @@ def test_a_file_that_cannot_be_used_is_named(name, index, change, message, train
         open_set(tmp_path, content, train=train)
 
 
-def test_a_file_that_is_missing_or_not_json_is_named(content, tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json"):
-        CocoDetection(tmp_path / "images", tmp_path / "none.json", DetectionTransform())
-    with pytest.raises(ValueError, match="0.png: not a JSON file"):
-        CocoDetection(tmp_path / "images", tmp_path / "images" / "0.png", DetectionTransform())
+@pytest.mark.parametrize("segmentation", [None, [], "text", 5, {}, {"counts": []}, [[1, 2, 3, 4]]])
+def test_training_on_masks_without_any_says_so(segmentation, content, tmp_path):
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = segmentation
+    with pytest.raises(ValueError, match="no annotation has a mask: Mask R-CNN .* RetinaNet needs none"):
+        open_set(tmp_path, content, load_masks=True, train=True)
+    assert len(open_set(tmp_path, train=True)) == 3
+    assert open_set(tmp_path, load_masks=True).repairs["boxes without a mask not scored in mask AP"] == 9
+
+
+ONES = coco_mask.encode(np.ones((64, 96), dtype=np.uint8, order="F"))["counts"].decode()
+
+
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ({"size": [10, 10], "counts": [100]}, r"an RLE mask of size \[10, 10\], not \[64, 96\]"),
+        ({"counts": [64 * 96]}, "an RLE mask of size None"),
+        *[
+            ({"size": [64, 96], "counts": counts}, "an RLE mask whose counts are not those of 64 x 96 pixels")
+            for counts in (
+                [64 * 96 * 4],
+                [100],
+                [10**12, 64 * 96 - 10**12],
+                [64 * 96, 0.0],
+                [[64 * 96]],
+                [64 * 96, True],
+                5,
+                {"0": 1},
+                "garbage!",
+                "o" * 10**6,  # more and more bits of one number
+                "é",
+                ONES[:-1],
+                ONES + "1",
+                ONES * 4,
+            )
+        ],
+        *[
+            ([[1, 1, 9, 1, 9, value]], "a polygon with values that are no pixels of its image or nearby")
+            for value in (float("nan"), float("inf"), -float("inf"), True, "9", None, [9], 10**400, 1e9)
+        ],
+    ],
+)
+def test_masks_that_would_hang_or_be_misread_are_named(segmentation, message):
+    with pytest.raises(ValueError, match=r"set.json: annotations\[1\] has " + message):
+        coco.read_segmentation(segmentation, [64, 96], "set.json: annotations[1]")
+
+
+def test_compressed_masks_are_read_as_by_pycocotools():
+    random = np.random.default_rng(0)
+    for i in range(300):
+        height, width = (int(side) for side in random.integers(1, 200, 2))
+        noise = random.random((height, width)) < random.random()
+        mask = noise if i % 3 else np.kron(noise[::9, ::9], np.ones((9, 9), bool))[:height, :width]
+        text = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
+        change = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=False)).tolist()  # runs begin with zeros
+        assert coco.decompress(text) == np.diff([0, *change, mask.size]).tolist()
+        assert coco.read_segmentation({"size": [*mask.shape], "counts": text}, [*mask.shape], "")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"", "not a JSON file, or cut short"),
+        (b'{"images": [', "not a JSON file, or cut short"),
+        (b"[" * 200_000, "not a JSON file, or cut short .*recursion"),
+        ('{"images": "\xe9"}'.encode("latin-1"), "not a JSON file, or cut short .*utf-8"),
+        (b"[]", "a list, not a dictionary; COCO's format needs"),
+        (b'{"images": [null]}', r"images\[0\] needs id \(int or str\), but is None"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_is_not_of_this_format_is_named(text, message, tmp_path):
+    (tmp_path / "set.json").mkdir() if text is None else (tmp_path / "set.json").write_bytes(text)
+    with pytest.raises((ValueError, FileNotFoundError), match="set.json: " + message) as error:
+        CocoDetection(tmp_path, tmp_path / "set.json", DetectionTransform())
+    assert "\n" not in str(error.value)
 
 
 def test_an_image_of_another_size_is_named(content, tmp_path):
@@ -346,6 +434,23 @@ def test_ap_equals_pycocotools_with_crowds_and_empty_images(tmp_path):
         assert 5 < metrics[f"{name}_ap"] < 95
         precision = evaluation.eval["precision"][..., 0, -1].mean((0, 1))  # (3,), categories sorted by id: 3, 7, 90
         assert metrics[f"{name}_ap_per_class"].tolist() == pytest.approx((100 * precision[[0, 2, 1]]).tolist())
+
+
+def test_results_that_cannot_be_written_end_before_the_evaluation(content, tmp_path):
+    with pytest.raises(IsADirectoryError, match="images"):
+        score(open_set(tmp_path, content), [], save_results=tmp_path / "images")
+
+
+def test_ids_may_be_text(content, tmp_path):
+    for key in ("image_id", "category_id"):
+        for annotation in content["annotations"]:
+            annotation[key] = f"{annotation[key]:03}"
+    for entry in content["images"] + content["categories"]:
+        entry["id"] = f"{entry['id']:03}"
+    dataset = open_set(tmp_path, content, load_masks=True)
+    assert dataset.category_ids == ["003", "007", "090"]
+    metrics = score(dataset, perfect_detections(dataset, keep=lambda a: a["label"] != 2))
+    assert metrics["box_ap_per_class"].tolist() == metrics["mask_ap_per_class"].tolist() == pytest.approx([100, 100, 0])
 
 
 def evaluate_in_process(rank, world, folder, queue):
