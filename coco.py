@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import IterationSampler, open_image, read_image, resize_to_fit
+from eval import leave_group
 
 try:
     from pycocotools import mask as coco_mask
@@ -349,8 +350,8 @@ def evaluate_detection(
     results, was_training = [], model.training
     model.eval()
     # A generator of its own: iterating must not change the random state that training resumes with.
-    generator, shard = torch.Generator(), range(rank, len(dataset), world)
-    loader = DataLoader(dataset, batch_size=None, sampler=shard, num_workers=workers, generator=generator)
+    options = {"sampler": range(rank, len(dataset), world), "num_workers": workers, "generator": torch.Generator()}
+    loader = DataLoader(dataset, batch_size=None, worker_init_fn=leave_group, **options)
     with torch.no_grad():
         for image, target, _ in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):  # None: in terminals
             detections = model([image.to(device)], sizes=[target["size"]])[0]

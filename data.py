@@ -464,14 +464,14 @@ def describe(error: Exception) -> str:
     message = (str(error).strip() or repr(error)).rpartition(f"\n{type(error).__name__}: ")[2]
     if isinstance(error, ValueError | OSError):  # a user's mistake
         return "\\n".join(message.splitlines())  # a file's name may have several lines
-    first = f"{type(error).__name__}: {message.partition(chr(10))[0]}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in message:
-        return f"{first}; a smaller --batch-size, --accumulate and --recompute need less, so do smaller images"
-    if "DataLoader worker" in message:
-        return f"{first}; perhaps memory was short: fewer --workers; --resume continues training"
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return f"{first}; if another process ended first, its message says why"
-    return f"{first}; please report this, with what is printed if DENSECLIP_DEBUG=1 is set"
+    message = f"{type(error).__name__}: {message.partition(chr(10))[0]}"
+    ways_out = {  # by a part of the message
+        "DataLoader worker": "perhaps memory was short: use fewer --workers; --resume continues training",
+        "emory": "a smaller --batch-size, --accumulate, --recompute and smaller images need less",
+        "peer": "another process ended first, and its message says why",
+        "": "please report this, with what is printed if DENSECLIP_DEBUG=1 is set",
+    }
+    return f"{message}; {next(how for part, how in ways_out.items() if part in message)}"
 
 
 def main() -> None:

@@ -414,22 +414,18 @@ class Settings:
 
 RANGES = {  # every number that a user may set, in Settings or as an option of a script
     "num_contexts decoder_layers": (1, 64),
-    "gamma": (-1e3, 1e3),
-    "aux_weight fcn_weight": (0, 1e3),
-    "tau": (1e-4, 1e3),
-    "crop_size short_side": (32, 8192),  # pixels
-    "drop_path": (0, 0.99),
     "context_length": (5, 1024),
-    "iterations eval_every save_every log_every": (1, 10**9),
-    "batch_size accumulate": (1, 10**6),
-    "lr weight_decay backbone_lr_multiplier text_lr_multiplier": (0, 1e3),
-    "power min_lr": (0, 10),
-    "warmup": (0, 10**9),
-    "clip_grad": (0, 1e9),
-    "seed": (0, 2**32 - 1),
-    "ignore_index": (-1, 65535),  # mask values have 16 bits at most
-    "workers": (0, 256),
+    "crop_size short_side": (32, 8192),  # pixels
+    "gamma": (-1e3, 1e3),
+    "tau": (1e-4, 1e3),
+    "drop_path": (0, 0.99),
     "threshold": (0, 1),
+    "lr weight_decay backbone_lr_multiplier text_lr_multiplier power min_lr clip_grad aux_weight fcn_weight": (0, 1e6),
+    "warmup": (0, 10**9),
+    "iterations batch_size accumulate eval_every save_every log_every": (1, 10**9),
+    "ignore_index": (-1, 65535),  # masks have 16 bits at most
+    "seed": (0, 2**32 - 1),
+    "workers": (0, 256),
 }
 RANGES = {name: limits for names, limits in RANGES.items() for name in names.split()}
 
@@ -637,45 +633,25 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
         part.unlink(missing_ok=True)
 
 
+FIELDS = {"name": str, "settings": dict, "class_names": list, "model": dict, "run": dict, "data": dict}
+FIELDS |= {"iteration": int, "best": float, "optimizer": dict, "random_states": list}
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """The dictionary that `save_checkpoint` wrote, on the CPU; a ValueError for any other file.
 
-    What other files read of a checkpoint has the types in FIELDS.
+    Its fields have the types in FIELDS; all but the first four may be missing.
     """
     checkpoint = clip_model.read_tensors(path)
     if not isinstance(checkpoint, dict) or not {"name", "settings", "class_names", "model"} <= checkpoint.keys():
         how = f"if it is of the authors' release, convert it: python convert.py {path} OURS.pt"
         raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote; {how}")
-    wrong = [name for name, kind in FIELDS.items() if name in checkpoint and not fits(checkpoint[name], kind)]
-    if wrong:
+    types = {name: isinstance(checkpoint[name], kind) for name, kind in FIELDS.items() if name in checkpoint}
+    types["class_names"] = types["class_names"] and all(isinstance(name, str) for name in checkpoint["class_names"])
+    types["model"] = types["model"] and all(isinstance(value, Tensor) for value in checkpoint["model"].values())
+    if wrong := [name for name, right in types.items() if not right]:
         raise ValueError(f"{path}: a damaged checkpoint, its {' and '.join(wrong)} cannot be read")
     return checkpoint
-
-
-FIELDS = {  # of a checkpoint, and their types; the last four are last.pt's alone
-    "name": str,
-    "settings": {str: object},
-    "class_names": [str],
-    "model": {str: Tensor},
-    "run": {str: object},  # Recipe and more, see train.py
-    "data": {str: list | None},  # colors of the classes, validation set
-    "iteration": int,
-    "best": float,
-    "optimizer": {str: object},
-    "random_states": [dict],
-}
-
-
-def fits(value: object, kind: type | list | dict) -> bool:
-    """Whether a value has a type; [type]: a list of it, {type: type}: a dictionary."""
-    if isinstance(kind, list):
-        return isinstance(value, list) and bool(value) and all(fits(item, kind[0]) for item in value)
-    if isinstance(kind, dict):
-        ((of_key, of_value),) = kind.items()
-        return isinstance(value, dict) and all(
-            isinstance(k, of_key) and isinstance(v, of_value) for k, v in value.items()
-        )
-    return isinstance(value, kind)
 
 
 def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> DenseCLIP:

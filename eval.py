@@ -12,6 +12,7 @@ windows, resize them to the image's original size, softmax. train.py calls `eval
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from clip_model import IGNORE_INDEX
 from data import SegmentationDataset, default_colors, find_split, is_ade20k, resize_to_fit, run_script
-from denseclip import build_model, read_checkpoint, restore_model
+from denseclip import build_model, check_ranges, read_checkpoint, restore_model
 from heads import resize
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale protocol, each also flipped
@@ -121,11 +122,6 @@ def resize_rows(x: Tensor, size: tuple[int, int], rows: range) -> Tensor:
     return resize(torch.lerp(x[:, :, above], x[:, :, below], weight[:, None]), (len(rows), size[1]))
 
 
-def check_short_side(short_side: int | None) -> None:
-    if short_side is not None and not 32 <= short_side <= 8192:
-        raise ValueError(f"short_side is {short_side}, it must be from 32 to 8192 pixels")
-
-
 # ------------------------------------------------------------------------------------------------ scores
 
 
@@ -160,16 +156,16 @@ class ConfusionMatrix:
 
 def format_table(metrics: dict, class_names: list[str]) -> str:
     """The scores as text: IoU and accuracy in per cent of each class that occurs ("-": not labeled), and the means."""
-    width = max(len(name) for name in [*class_names, "pixel accuracy"])
-    classes = list(zip(class_names, metrics["iou"].tolist(), metrics["accuracy"].tolist(), strict=True))
+    width = max(map(len, [*class_names, "pixel accuracy"]))
+    classes = zip(class_names, metrics["iou"].tolist(), metrics["accuracy"].tolist(), strict=True)
     rows = [row for row in classes if row[1] == row[1]]  # those with an IoU
-    absent = len(classes) - len(rows)
+    absent = len(class_names) - len(rows)
     rows += [("mean", metrics["miou"], metrics["mean_accuracy"]), ("pixel accuracy", metrics["pixel_accuracy"])]
     lines = [f"{'class':<{width}}{'IoU':>10}{'accuracy':>10}"]
     for title, *values in rows:
         lines.append(f"{title:<{width}}" + "".join(f"{'-' if v != v else format(v, '.2f'):>10}" for v in values))
     lines.insert(-2, "-" * (width + 20))
-    lines += [f"({absent} of {len(classes)} classes are neither labeled nor predicted)"] if absent else []
+    lines += [f"({absent} of {len(class_names)} classes are neither labeled nor predicted)"] if absent else []
     return "\n".join(lines)
 
 
@@ -200,7 +196,7 @@ def evaluate(
     save_masks: folder for the predicted masks, PNGs with the data set's own label values and `colors`
     Under torchrun the processes split the images and return the same scores. The model's mode is restored.
     """
-    check_short_side(short_side)
+    check_ranges({"short_side": short_side, "workers": workers})
     rank, world = this_process()
     matrix = ConfusionMatrix(len(model.class_names), device)
     protocol = {"short_side": short_side, "multi_scale": multi_scale}
@@ -208,7 +204,7 @@ def evaluate(
     model.eval()
     # With its own generator, the loader does not draw from the random state of training.
     options = {"sampler": range(rank, len(dataset), world), "num_workers": workers, "generator": torch.Generator()}
-    loader = DataLoader(dataset, batch_size=None, **options)  # one image at a time
+    loader = DataLoader(dataset, batch_size=None, worker_init_fn=leave_group, **options)  # one image at a time
     for image, label, path in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):
         image, label = image.to(device), label.to(device)  # (3, h, w), (H, W)
         prediction = predict_labels(model, image, label.shape[-2:], **protocol)  # (H, W)
@@ -221,6 +217,12 @@ def evaluate(
     if world > 1:
         dist.all_reduce(matrix.counts)
     return matrix.compute()
+
+
+def leave_group(_: int) -> None:
+    """In a loader's worker: Ctrl-C, which the whole process group gets, must not end it before training has saved."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def label_image(labels: Tensor, colors: list[tuple[int, int, int]] | None, reduce_zero_label: bool) -> Image.Image:
@@ -236,19 +238,19 @@ def label_image(labels: Tensor, colors: list[tuple[int, int, int]] | None, reduc
 
 def start_process(device: str | None = None) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started, if any; return: rank, number of processes, this process's device."""
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {device}: expected cpu, cuda or cuda:1, for instance") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d\d?)?", name):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:1, for instance")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device {device}: this PyTorch sees {count} CUDA devices; use --device cpu")
     if "LOCAL_RANK" in os.environ:
         if device.index is not None:
             raise ValueError(f"--device {device} puts every process of torchrun on one GPU: use --device cuda")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # an hour, for what one process does while the others wait, such as looking at all masks
+        # an hour, for what one process does while the others wait: downloading weights, looking at all masks
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return *this_process(), device
 
@@ -275,6 +277,7 @@ def main() -> None:
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
+    check_ranges(vars(args))
 
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)

@@ -37,19 +37,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clip_model import ARCHITECTURES, IGNORE_INDEX, Bottleneck, ResidualAttentionBlock, find_weights, resize_positions
-from data import (
-    SegmentationDataset,
-    TrainTransform,
-    check_data,
-    class_lists,
-    find_split,
-    is_ade20k,
-    read_classes,
-    run_script,
-)
-from denseclip import PRESETS, PROMPTING, Settings, build_model, keep_memory, read_checkpoint, resolve, save_checkpoint
-from eval import evaluate, format_table, start_process, this_process, to_json
+import clip_model
+import data
+import denseclip
+from clip_model import ARCHITECTURES, IGNORE_INDEX, load_weights
+from data import SegmentationDataset, TrainTransform, check_data, find_split, is_ade20k, read_classes, run_script
+from denseclip import PRESETS, PROMPTING, Settings, build_model, check_ranges, read_checkpoint, save_checkpoint
+from eval import evaluate, format_table, leave_group, start_process, this_process, to_json
 
 
 @dataclass
@@ -155,33 +149,23 @@ def train(
 ) -> dict:
     """Train `model` by `recipe`, writing checkpoints and the log to `out`; return the last evaluation's scores.
 
-    model(images, labels) in train mode must return a dict of losses; their sum is minimized. `train_set` brings its own
-    sampler and collate function. `data` is kept in the checkpoints: colors and validation set, for those who read them.
-    evaluate_model(model) returns scores, of which `score` decides what best.pt is. save_every: 1,000 iterations by
-    default, but at most a tenth of the run. recompute: see `recompute_blocks`. Ctrl-C and SIGTERM save and raise
-    KeyboardInterrupt.
-    Every process of torchrun calls this with the same arguments; they split each batch.
+    model(images, labels) in train mode must return a dict of losses, whose sum is minimized. `train_set` brings its own
+    sampler and collate function. evaluate_model(model) returns scores, of which `score` decides what best.pt is.
+    save_every: 1,000 iterations by default, but at most a tenth of the run. `data` is kept in the checkpoints.
+    Ctrl-C and SIGTERM save and raise KeyboardInterrupt. Processes of torchrun all call this; they split each batch.
     """
     rank, world = this_process()
+    check_ranges(asdict(recipe) | locals())
     if recipe.batch_size % (world * accumulate):
         raise ValueError(f"--batch-size {recipe.batch_size} is not divisible by {world} x --accumulate {accumulate}")
 
     # model and optimizer
-    if device.type == "cpu":
-        keep_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device).train()
-    if recompute:
-        recompute_blocks(model)
-    optimizer = build_optimizer(model, recipe)
+    network, optimizer = prepare(model, recipe, device, recompute)  # network: what is called
     torch.manual_seed(recipe.seed + rank)
     run = {"model": model.name, "class_names": model.class_names, "images": len(train_set)}
     run |= asdict(model.settings) | asdict(recipe)
     start, best = restore_run(resume, out, model, optimizer, run) if resume else (0, -1.0)
     start_log(out, run, device, accumulate, new=resume is None)
-    network = in_parallel(model) if world > 1 else model  # what is called
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     # samples: order and augmentation depend on the seed and the number drawn before, so a resumed run sees the rest
@@ -191,7 +175,7 @@ def train(
     batches = iter(DataLoader(train_set, micro_batch, sampler=sampler, worker_init_fn=leave_group, **options))
 
     save_every = save_every or min(1_000, -(-recipe.iterations // 10))
-    steps, metrics, clock = [], {}, time.perf_counter()  # steps since the last log line: (iteration, losses, files)
+    steps, first, metrics, clock = [], None, {}, time.perf_counter()  # steps since the last log line, see `backward`
     bar = tqdm(desc="training", total=recipe.iterations, initial=start, disable=rank > 0 or None)
     for iteration, stopping in until_stopped(start, recipe.iterations):  # the last round only saves and evaluates
         evaluating = iteration > 0 and (iteration % eval_every == 0 or iteration == recipe.iterations)
@@ -199,23 +183,23 @@ def train(
         # once in a while: save
         paused = time.perf_counter()
         if iteration > start and (evaluating or stopping or iteration % save_every == 0):
-            mean_losses(steps)  # waits for the GPU, and raises if a loss is not finite
+            mean_losses(steps, first)  # waits for the GPU, and raises where nothing good would be saved
             states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device), "best": best}
             if rank == 0:
                 save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, data=data or {}, **states)
         if stopping:
             if world > 1:
                 dist.barrier()  # torchrun ends the others when one leaves, perhaps before the file is written
-            how = f"saved at iteration {iteration}; the same command with --resume continues there"
-            raise KeyboardInterrupt(how if iteration > start else "")
+            how = f"train.py and detect.py continue from {out / 'last.pt'} with --resume"
+            raise KeyboardInterrupt(f"saved at iteration {iteration}; {how}" if iteration > start else "")
 
         # once in a while: evaluate and keep the best model (after saving, as this may fail; a resumed run repeats it)
         if evaluating:
             for buffer in model.buffers() if world > 1 else ():
                 dist.broadcast(buffer, 0)  # batch norm statistics differ between processes: use those that were saved
             metrics = evaluate_model(model)
-            write_log(out, {"iteration": iteration, **to_json(metrics)})
             if rank == 0:
+                write_log(out, {"iteration": iteration, **to_json(metrics)})
                 tqdm.write(f"iteration {iteration} | {score} {metrics[score]:.4g} | previous best {max(best, 0):.4g}")
                 if metrics[score] > best:
                     best = metrics[score]
@@ -228,17 +212,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(iteration, group["base_lr"], recipe)
 
-        # draw, forward, backward; the processes average their gradients in the last step's backward
-        for step in range(accumulate):
-            images, labels, paths = to_device(next(batches), device)
-            with contextlib.nullcontext() if network is model or step == accumulate - 1 else network.no_sync():
-                with autocast:
-                    losses = network(images, labels)
-                losses = {"total": sum(losses.values()), **losses}
-                (losses["total"] / accumulate).backward()
-            steps.append((iteration, {name: loss.detach() for name, loss in losses.items()}, paths))
-
-        # step
+        # draw, forward, backward, step
+        steps += [(iteration, *step) for step in backward(network, batches, accumulate, autocast, device)]
+        first = steps[0][1]["total"] if first is None else first
         if recipe.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
         optimizer.step()
@@ -246,56 +222,74 @@ def train(
         bar.update()
 
         # once in a while: log; only here are the losses read, since that waits for the GPU
-        done = iteration + 1
-        if done % log_every == 0 or done == recipe.iterations:
-            record = {"iteration": done, **mean_losses(steps), "lr": max(g["lr"] for g in optimizer.param_groups)}
+        if (done := iteration + 1) % log_every == 0 or done == recipe.iterations:
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            record = {"iteration": done, **mean_losses(steps, first), "lr": rate}
             seconds = (time.perf_counter() - clock) / len(steps) * accumulate  # per iteration, without the pauses
             log_progress(out, record, seconds, recipe, device)
             steps, clock = [], time.perf_counter()
     return metrics
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Keep only the inputs of CLIP's residual blocks for the gradient, and compute what is inside again when needed.
+def prepare(model: nn.Module, recipe: Recipe, device: torch.device, recompute: bool) -> tuple[nn.Module, Optimizer]:
+    """Put the model on the device, to be trained; return what is called there, and the optimizer."""
+    if device.type == "cpu":
+        denseclip.keep_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    world = this_process()[1]
+    if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device).train()
+    if recompute:
+        recompute_blocks(model)
+    optimizer = build_optimizer(model, recipe)
+    if world == 1:
+        return model, optimizer
+    other = model.settings.backbone is not None  # not CLIP's: it may have parameters without a gradient
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers has a new name
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other), optimizer
 
-    The same numbers: dropout draws the same values again, and batch norm counts each batch once.
-    """
-    kinds = Bottleneck | ResidualAttentionBlock
+
+def backward(network, batches, accumulate: int, autocast, device: torch.device) -> list[tuple[dict, list[str]]]:
+    """Add up the gradient of one iteration in `accumulate` steps; return the losses and files of each."""
+    done = []
+    for step in range(accumulate):
+        images, labels, paths = to_device(next(batches), device)
+        alone = step < accumulate - 1 and isinstance(network, DistributedDataParallel)
+        with network.no_sync() if alone else contextlib.nullcontext():  # gradients are averaged in the last step
+            with autocast:
+                losses = network(images, labels)
+            losses = {"total": sum(losses.values()), **losses}
+            (losses["total"] / accumulate).backward()
+        done.append(({name: loss.detach() for name, loss in losses.items()}, paths))
+    return done
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep only the inputs of CLIP's residual blocks for the gradient, and compute what is inside again when needed:
+    the same numbers, since dropout draws the same values again, and batch norm counts each batch once."""
+    kinds = clip_model.Bottleneck | clip_model.ResidualAttentionBlock
     if not any(isinstance(block, kinds) for block in model.encoder.backbone.modules()):
         raise ValueError("--recompute would have no effect: it is for CLIP's image encoders")
     for block in model.modules():
         if isinstance(block, kinds):
-            managers = partial(lambda block: (contextlib.nullcontext(), fixed_statistics(block)), block)
+            managers = partial(lambda block: (contextlib.nullcontext(), unchanged_buffers(block)), block)
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=managers)
 
 
 @contextlib.contextmanager
-def fixed_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms in `module` leave their running statistics as they are."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    before = [buffer.clone() for buffer in module.buffers()]
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
-
-
-def in_parallel(model: nn.Module) -> nn.Module:
-    """The model under DistributedDataParallel. Backbones other than CLIP's may have parameters without a gradient."""
-    other = model.settings.backbone is not None
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers has a new name
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other)
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.data.copy_(value)  # .data: autograd, which may have saved the buffer, does not count it as a change
 
 
 def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
-    """start, ..., end, each with whether to save and stop: after Ctrl-C, or a scheduler's SIGTERM, in any process.
-
-    A second Ctrl-C raises KeyboardInterrupt at once.
-    """
+    """start, ..., end, each with whether to save and stop: after Ctrl-C, or a scheduler's SIGTERM, in any process. A
+    second Ctrl-C raises KeyboardInterrupt at once."""
     asked = torch.zeros(1)
 
     def note(number: int, _) -> None:
@@ -316,23 +310,16 @@ def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
             signal.signal(number, handler)
 
 
-def leave_group(_: int) -> None:
-    """In a loader's worker: Ctrl-C, which goes to the whole process group, must not end it before the save."""
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-
-
-def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[str, float]:
-    """Mean of each loss over steps and processes; a ValueError names the files of the first that is not finite."""
+def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]], first: Tensor) -> dict[str, float]:
+    """Mean of each loss over steps and processes; a ValueError if the total is not finite, or 1,000 times the first."""
     if not steps:
         return {}
     values = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in steps])  # (steps, losses)
-    finite = values.isfinite().all(dim=1).tolist()
-    if not all(finite):
-        iteration, losses, paths = steps[finite.index(False)]
+    totals, means = values[:, 0].nan_to_num(math.inf, math.inf, math.inf), values.mean(0)  # (steps,), (losses,)
+    if not totals.mean() < 1000 * first.clamp(min=1):
+        iteration, losses, paths = steps[totals.argmax()]  # the first that is not finite
         how = f"a lower --lr or --clip-grad may help; the batch's files are {' '.join(paths)}"
         raise ValueError(f"loss is {losses['total']} at iteration {iteration}; the checkpoints are unchanged; {how}")
-    means = values.mean(0)
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
@@ -341,30 +328,30 @@ def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]]) -> dict[s
 
 def to_device(batch: object, device: torch.device) -> object:
     """A batch with its tensors, also those in lists, tuples and dictionaries, on the device."""
-    if isinstance(batch, list | tuple):
-        return [to_device(value, device) for value in batch]
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
-    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
+    return [to_device(value, device) for value in batch] if isinstance(batch, list | tuple) else batch
 
 
 def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, run: dict) -> tuple[int, float]:
     """Load weights, optimizer and random states from last.pt of the same run; return its iteration and best score."""
     checkpoint, (rank, world) = read_checkpoint(path), this_process()
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "random_states", "run", "iteration"} <= checkpoint.keys():
         raise ValueError(f"{path} holds no optimizer state; --resume needs the last.pt that training wrote")
     there, done, end = checkpoint["run"], checkpoint["iteration"], run["iterations"]
-    may_differ = ("iterations", "warmup") if there["iterations"] < end else ()
-    differences = [k for k in run if there.get(k) != run[k] and k not in may_differ]
+    longer = there.get("iterations", end) < end
+    differences = [k for k in run if there.get(k) != run[k] and not (longer and k in ("iterations", "warmup"))]
     if differences:
         what = "; ".join(f"{k} {there.get(k)!r:.80} there, {run[k]!r:.80} here" for k in differences)
         how = "repeat that run's options, or start a new run with another --out"
         raise ValueError(f"{path} belongs to another run: {what}; {how}")
-    if rank == 0 and there["iterations"] < end:
+    if rank == 0 and longer:
         print(f"a run of {there['iterations']} iterations becomes one of {end}, with the longer run's learning rates")
     if rank == 0 and done == end:
         print(f"{path}: already finished, only evaluated again; a larger --iterations would continue the run")
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint["model"], str(path))
     optimizer.load_state_dict(checkpoint["optimizer"])
     states, device = checkpoint["random_states"], next(model.parameters()).device
     if len(states) == world:
@@ -388,13 +375,22 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
 
 
 def start_log(out: Path, run: dict, device: torch.device, accumulate: int, new: bool) -> None:
-    """The first line of a log: what is needed to repeat it. A new run removes the log of one that saved nothing."""
+    """Take the folder for this process, and log what is needed to repeat the run; a new run's log begins empty."""
+    if this_process()[0] > 0:
+        return
     out.mkdir(parents=True, exist_ok=True)
-    if new and this_process()[0] == 0:
-        (out / "log.jsonl").unlink(missing_ok=True)
+    try:
+        import fcntl
+
+        # until this process ends; loader workers, which may outlive it, do not inherit this kind of lock
+        fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another training writes there; name another --out") from None
+    except (ImportError, OSError):  # Windows and some file systems have no such locks
+        pass
     record = {"command": shlex.join(sys.argv), "python": sys.version.split()[0], "torch": torch.__version__}
     record |= {"device": str(device), "processes": this_process()[1], "accumulate": accumulate, "run": run}
-    write_log(out, record)
+    write_log(out, record, "w" if new else "a")
 
 
 def log_progress(out: Path, record: dict, seconds: float, recipe: Recipe, device: torch.device) -> None:
@@ -403,29 +399,24 @@ def log_progress(out: Path, record: dict, seconds: float, recipe: Recipe, device
     record |= {"eta_seconds": seconds * (recipe.iterations - record["iteration"])}
     if device.type == "cuda":
         record["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-    write_log(out, record)
     if this_process()[0] == 0:
+        write_log(out, record)
         tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
 
-def write_log(out: Path, record: dict) -> None:
-    """Append one line to log.jsonl, in the first process."""
-    if this_process()[0] == 0:
-        with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+def write_log(out: Path, record: dict, mode: str = "a") -> None:
+    with open(out / "log.jsonl", mode, encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 OTHERS = ("prompting", "backbone", "short_side", "stored_text")  # not by --set: options of their own, or none
-SETTABLE = {field.name: field.type for field in fields(Settings) if field.name not in OTHERS}
+SETTABLE = [field.name for field in fields(Settings) if field.name not in OTHERS]
 
 
 def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, recipe: Recipe, out: str) -> None:
-    """Options of model, recipe and run, which train.py and detect.py share; `recipe` holds the defaults.
-
-    first: add_argument of the group that --help begins with
-    """
+    """Options of model, recipe (its defaults) and run; first: add_argument of the group that --help begins with."""
     d = "(default: %(default)s)"
     default = next(iter(models)) + ("; with --backbone, the text encoder of vitb16" if "vitb16" in models else "")
     first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
@@ -439,8 +430,8 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     names = "see denseclip.Settings: " + ", ".join(SETTABLE)
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
     option = parser.add_argument_group("recipe").add_argument
-    option("--iterations", type=positive, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
-    option("--batch-size", type=positive, default=recipe.batch_size, help=f"per iteration, over all processes {d}")
+    option("--iterations", type=int, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
+    option("--batch-size", type=int, default=recipe.batch_size, help=f"per iteration, over all processes {d}")
     option("--optimizer", choices=("adamw", "sgd"), default=recipe.optimizer, help=d)
     option("--lr", type=float, default=recipe.lr, help=f"peak rate {d}" if recipe.lr else "(the paper's)")
     option("--weight-decay", type=float, default=recipe.weight_decay, help=d)
@@ -452,21 +443,14 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     option("--seed", type=int, default=recipe.seed, help=d)
     option = parser.add_argument_group("run").add_argument
     option("--resume", nargs="?", const="", metavar="PATH", help="continue from last.pt in --out, or from PATH")
-    option("--accumulate", type=positive, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
+    option("--accumulate", type=int, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
     option("--recompute", action="store_true", help="compute CLIP's blocks again for the gradient: less memory, slower")
-    option("--eval-every", type=positive, default=8_000, metavar="ITERATIONS", help=d)
-    option("--save-every", type=positive, metavar="ITERATIONS", help="(default: 1000, at most a tenth of the run)")
-    option("--log-every", type=positive, default=50, metavar="ITERATIONS", help=d)
+    option("--eval-every", type=int, default=8_000, metavar="ITERATIONS", help=d)
+    option("--save-every", type=int, metavar="ITERATIONS", help="(default: 1000, at most a tenth of the run)")
+    option("--log-every", type=int, default=50, metavar="ITERATIONS", help=d)
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help=f"loader processes per process {d}")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     option("--no-check", dest="check", action="store_false", help="skip the check of all masks and validation images")
-
-
-def positive(text: str) -> int:
-    """A type for argparse: whole numbers from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def complete(recipe: Recipe, given: dict) -> Recipe:
@@ -481,6 +465,8 @@ def complete(recipe: Recipe, given: dict) -> Recipe:
 def find_run(out: Path, resume: str | None) -> Path | None:
     """The file to resume from, None for a new run. `resume`: "" is out/last.pt. An --out in use is refused."""
     path = None if resume is None else Path(resume or out / "last.pt")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, not a folder")
     if path and not path.is_file():
         raise FileNotFoundError(f"--resume: {path} does not exist; leave --resume out to start this run")
     if (out / "last.pt").exists() and (path is None or path.resolve().parent != out.resolve()):
@@ -497,23 +483,20 @@ def choose_model(presets: dict, model: str | None, init: str | None, resume: Pat
     theirs, settings = saved.get("settings", {}), {k: v for k, v in settings.items() if v is not None}
     if theirs.get("stored_text"):
         raise ValueError(f"--init {init}: freeze_text dropped its text encoder; give the checkpoint it was made from")
-    if ":" in (theirs.get("backbone") or "") and "backbone" not in settings:  # a checkpoint alone imports no code
+    if ":" in str(theirs.get("backbone")) and "backbone" not in settings:  # a checkpoint alone imports no code
         raise ValueError(f"--init {init}: its backbone is your own code: --backbone {theirs['backbone']} imports it")
     # Released code: a backbone that is not CLIP's gets the text encoder of ViT-B/16
     default = "vitb16" if settings.get("backbone") and "vitb16" in presets else next(iter(presets))
     name = model or saved.get("name", default)
     # of the checkpoint's settings, those that have an effect beside the options
     kind = {k: theirs[k] for k in ("prompting", "backbone", "head") if theirs.get(k)} | settings
-    used = asdict(resolve(Settings(**kind), getattr(presets[name], "encoder", presets[name])))
+    used = asdict(denseclip.resolve(Settings(**kind), getattr(presets[name], "encoder", presets[name])))
     return name, {k: v for k, v in theirs.items() if used.get(k) is not None} | settings, saved
 
 
 def start_model(build, name, preset, names, settings, saved, resume, *, init, clip, backbone_weights, seed, device):
-    """The model that training starts from, what a `Recipe` says of its weights, and this process's device.
-
-    build: build_model, of denseclip.py or detection.py; name, settings, saved: from `choose_model`; preset: the name's;
-    the others are the options of the same names
-    """
+    """The model that training starts from, what a `Recipe` says of its weights, and this process's device. build:
+    build_model of denseclip.py or detection.py; name, settings, saved: from `choose_model`; preset: of this name."""
     backbone = settings.get("backbone")
     if backbone_weights not in (None, "none") and not backbone:
         raise ValueError(f"--backbone-weights {backbone_weights} has no effect without --backbone")
@@ -522,38 +505,25 @@ def start_model(build, name, preset, names, settings, saved, resume, *, init, cl
     if not init:
         clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
         backbone_weights = backbone_weights or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
-    if clip == "none" or backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
+    if backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
         clip = None
-    backbone_weights = None if backbone_weights == "none" else backbone_weights
-    if not resume:  # before the processes join, since a download may outlast the process group's timeout
-        fetch_weights(clip, backbone, backbone_weights)
+    weights = {"clip": clip, "backbone_weights": backbone_weights}
+    weights = {option: None if value == "none" else value for option, value in weights.items()}
     rank, _, device = start_process(device)
     torch.manual_seed(seed)  # the same initial weights in every process
     here = rank == 0 and not resume  # one process reads weights, the others get its parameters
-    weights = {"clip": clip, "backbone_weights": backbone_weights}
-    model = build(name, names, **settings, **(weights if here else {}))
+    try:
+        model = build(name, names, **settings, **(weights if here else {}))
+    except OSError as error:
+        raise ValueError(f"{error}; or --clip none for random weights") from None
     if here and init:
         print(f"{init}: {load_fitting(model, saved['model'], init)}")
     return model, {"init": init, **weights}, device
 
 
-def fetch_weights(clip: str | None, backbone: str | None, backbone_weights: str | None) -> None:
-    if clip:
-        try:
-            find_weights(clip)
-        except OSError as error:
-            raise ValueError(f"{error}; or --clip none for random weights") from None
-    if backbone_weights:
-        from backbones import build_backbone  # here, since importing torchvision takes seconds
-
-        build_backbone(backbone, backbone_weights)
-
-
 def load_fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> str:
-    """Copy the weights that fit into a model of other classes; return a sentence about the rest.
-
-    Where the score map joins a convolution's input, the weights of the image's own channels are copied.
-    """
+    """Copy the weights that fit into a model of other classes; return a sentence about the rest. Where the score map
+    joins a convolution's input, the weights of the image's own channels are copied."""
     own, encoder, new = model.state_dict(), model.encoder, []
     image = getattr(encoder.backbone, "channels", encoder.channels)[getattr(encoder.backbone, "score_level", -1)]
     for name, value in own.items():
@@ -561,7 +531,7 @@ def load_fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> s
         if found is not None and found.shape == value.shape:
             value.copy_(found)
         elif found is not None and name.startswith("encoder.backbone.") and name.endswith("positional_embedding"):
-            value.copy_(resize_positions(found, (math.isqrt(len(value) - 1),) * 2))  # of another crop size
+            value.copy_(clip_model.resize_positions(found, (math.isqrt(len(value) - 1),) * 2))  # of another crop size
         elif found is not None and found.ndim == 4 and found[:, :image].shape == value[:, :image].shape:
             value[:, :image] = found[:, :image]  # (out, C_i, k, k)
             new.append(f"{name} (score map)")
@@ -569,22 +539,18 @@ def load_fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> s
             new.append(name)
     if len(new) > len(own) // 2:
         raise ValueError(f"{source}: only {len(own) - len(new)} of the model's {len(own)} weights fit")
+    load_weights(model, own, source)  # for its check that all are finite
     return f"{len(own) - len(new)} of {len(own)} weights fit; new: {', '.join(new) or 'none'}"
 
 
 def parse_settings(pairs: list[str]) -> dict:
-    """["gamma=1.0", "learn_gamma=false"] -> {"gamma": 1.0, "learn_gamma": False}, with the types of `Settings`."""
-    settings = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        if (kind := SETTABLE.get(name)) is None:
-            raise ValueError(f"--set {pair}: no setting named {name!r}; choose from {', '.join(SETTABLE)}")
+    """["gamma=1.0", "learn_gamma=false"] -> {"gamma": 1.0, "learn_gamma": False}; `resolve` checks types and ranges."""
+    settings = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, text in settings.items():
+        if name not in SETTABLE:
+            raise ValueError(f"--set {name}={text}: no setting named {name!r}; choose from {', '.join(SETTABLE)}")
         with contextlib.suppress(ValueError):
-            text = json.loads(text)
-        value = float(text) if type(text) is int and isinstance(0.0, kind) else text
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind == bool | None):
-            raise ValueError(f"--set {pair}: {name} is {str(kind).removesuffix(' | None')}")
-        settings[name] = value
+            settings[name] = json.loads(text)
     return settings
 
 
@@ -602,20 +568,20 @@ def main() -> None:
     option("--ignore-index", type=int, default=IGNORE_INDEX, metavar="VALUE", help="mask value to ignore, besides 255")
     zero = "mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)"
     option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
-    option("--short-side", type=positive, metavar="PIXELS", help="fit images in (2048, this) (default: the crop size)")
+    option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: the crop size)")
     args = parser.parse_args()
     recipe = SGD if args.optimizer == "sgd" else SWIN if args.backbone in ("swin_t", "swin_s") else Recipe()
     parser.set_defaults(**asdict(recipe) | {"reduce_zero_label": None, "warmup": None})
     args = parser.parse_args()  # again, with the recipe's defaults
+    check_ranges(vars(args))
     if args.train and not args.val:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
 
     resume = find_run(args.out, args.resume)
-    train_images, train_masks = args.train or find_split(args.data, "train")
-    val_images, val_masks = args.val or find_split(args.data, "val")
-    listed = Path(args.data) / "classes.txt"
-    if args.classes is None and (args.train or not (listed.is_file() or is_ade20k(train_masks))):
-        raise ValueError(f"--classes is missing: the names of the classes in {train_masks}, {class_lists()}")
+    train_folders, val_folders = args.train or find_split(args.data, "train"), args.val or find_split(args.data, "val")
+    listed, ade20k = Path(args.data) / "classes.txt", is_ade20k(train_folders[1])
+    if args.classes is None and (args.train or not (listed.is_file() or ade20k)):
+        raise ValueError(f"--classes is missing: the names of the classes in {train_folders[1]}, {data.class_lists()}")
     class_names, colors = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
 
     own = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")}
@@ -624,11 +590,11 @@ def main() -> None:
     preset = PRESETS[name]
     model, weights, device = start_model(build_model, name, preset, class_names, settings, saved, resume, **chosen)
     torch.backends.cudnn.benchmark = True  # all crops have the same size
-    reduce_zero_label = is_ade20k(train_masks) if args.reduce_zero_label is None else args.reduce_zero_label
+    reduce_zero_label = ade20k if args.reduce_zero_label is None else args.reduce_zero_label
     labels = {"ignore_index": args.ignore_index, "reduce_zero_label": reduce_zero_label}
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
-    train_set = SegmentationDataset(train_images, train_masks, len(class_names), transform, **labels)
-    val_set = SegmentationDataset(val_images, val_masks, len(class_names), **labels)
+    train_set = SegmentationDataset(*train_folders, len(class_names), transform, **labels)
+    val_set = SegmentationDataset(*val_folders, len(class_names), **labels)
     recipe = complete(recipe, vars(args) | labels | weights)
 
     rank, world = this_process()
@@ -640,10 +606,10 @@ def main() -> None:
             print(check_data(train_set, val_set, class_names, args.workers))
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
     own = ("accumulate", "recompute", "workers", "eval_every", "save_every", "log_every")
-    loop = {name: getattr(args, name) for name in own}
+    loop = {"resume": resume} | {name: getattr(args, name) for name in own}
+    loop["data"] = {"colors": colors, "val": [str(Path(folder).resolve()) for folder in val_folders]}
     evaluate_model = partial(evaluate, dataset=val_set, device=device, workers=args.workers)
-    loop |= {"data": {"colors": colors, "val": [str(Path(folder).resolve()) for folder in (val_images, val_masks)]}}
-    metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, resume=resume, **loop)
+    metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, **loop)
     if rank == 0:
         print(format_table(metrics, class_names))
         print(f"weights: {args.out / 'best.pt'} (best mIoU), {args.out / 'last.pt'}; log: {args.out / 'log.jsonl'}")

@@ -242,16 +242,25 @@ def test_mistakes_end_in_one_line_and_status_2(folders, checkpoint, tmp_path, ca
         (("--checkpoint", tmp_path / "none.pt", "--val", *folders), ["none.pt"]),
         (("--checkpoint", tmp_path / "cut.pt", "--val", *folders), ["cut.pt"]),
         (("--checkpoint", checkpoint, "--data", tmp_path / "nothing"), ["nothing"]),
+        (("--checkpoint", checkpoint, "--val", *folders, "--short-side", 0), ["short_side is 0, it must be from 32"]),
+        (("--checkpoint", checkpoint, "--val", *folders, "--workers", -1), ["workers is -1"]),
+        (("--checkpoint", checkpoint, "--val", *folders, "--device", "meta"), ["--device meta: expected cpu, cuda"]),
         (("--checkpoint", checkpoint, "--val", images, tmp_path / "wrong", "--workers", 1), ["wrong", ".png", "9"]),
     ]
     for arguments, words in cases:
-        error = error_line(evaluation, capsys, monkeypatch, *arguments, "--device", "cpu")
+        error = error_line(evaluation, capsys, monkeypatch, "--device", "cpu", *arguments)
         assert all(word in error for word in words), (arguments, error)
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "cuda:-1", "cpu:", "cuda:999", "GPU", "cpu,cuda", "cpu\n"])
+def test_devices_that_pytorch_has_but_this_does_not_are_refused(device):
+    with pytest.raises(ValueError, match="--device"):
+        evaluation.start_process(device)
 
 
 def test_one_gpu_for_all_processes_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--device cuda:1 puts every process of torchrun on one GPU"):
         evaluation.start_process("cuda:1")
 

@@ -244,7 +244,7 @@ def test_a_terminated_run_is_saved_and_resumes_exactly(folders, tmp_path, worker
 
     model.register_forward_pre_hook(terminate)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt, match="saved at iteration 4; the same command with --resume continues"):
+    with pytest.raises(KeyboardInterrupt, match="saved at iteration 4; .*parts/last.pt with --resume"):
         small_run(folders, tmp_path / "parts", model=model, workers=workers)
     assert signal.getsignal(signal.SIGTERM) is before
     small_run(folders, tmp_path / "parts", resume=tmp_path / "parts" / "last.pt")
@@ -334,9 +334,13 @@ def test_init_starts_from_what_fits(folders, tmp_path, monkeypatch, capsys):
     assert "it holds tiny" in refuse(tmp_path / "best.pt", "--model", "tiny_vit")
     save_checkpoint(tmp_path / "frozen.pt", saved.freeze_text())
     assert "freeze_text dropped its text encoder" in refuse(tmp_path / "frozen.pt")
-    assert "no such checkpoint" in refuse(tmp_path / "none.pt")
+    assert "no such file" in refuse(tmp_path / "none.pt")
     code = {"name": "tiny", "settings": {"backbone": "evil:boom"}, "class_names": ["a", "b"], "model": {}}
     torch.save(code, tmp_path / "evil.pt")
+    damaged = read_checkpoint(tmp_path / "best.pt")
+    damaged["model"]["neck.lateral_convs.0.conv.weight"][0] = torch.nan
+    torch.save(damaged, tmp_path / "nan.pt")
+    assert "neck.lateral_convs.0.conv.weight is not finite" in refuse(tmp_path / "nan.pt")
     assert "--backbone evil:boom imports it" in refuse(tmp_path / "evil.pt")  # nothing is imported without the option
     torch.save(code | {"name": "retinanet_tiny"}, tmp_path / "detector.pt")
     assert "it holds retinanet_tiny, not rn50" in refuse(tmp_path / "detector.pt")
@@ -429,19 +433,10 @@ def test_logged_losses_are_means_over_processes(folders, tmp_path):
     assert first != second and record["total"] == pytest.approx(sum(first + second) / 4, rel=1e-5)
 
 
-def test_weights_are_fetched_before_the_processes_join(folders, tmp_path, monkeypatch, capsys):
-    """A download may outlast the process group's timeout; wrong data is found before it begins."""
-    calls = []
-    monkeypatch.setattr(training, "find_weights", lambda name: calls.append(name))
-    monkeypatch.setattr(training, "start_process", lambda device: calls.append("join") or (0, 1, torch.device("cpu")))
-    monkeypatch.setattr(training, "build_model", lambda *_, **weights: calls.append(weights["clip"]) or exit(0))
-    with pytest.raises(SystemExit):
-        run(training, monkeypatch, *arguments(folders, tmp_path / "run"), "--clip", "RN50")
-    assert calls == ["RN50", "join", "RN50"]
-    assert "no data set here" in error_line(
-        training, capsys, monkeypatch, "--data", tmp_path, "--out", tmp_path / "other"
-    )
-    assert len(calls) == 3
+def test_wrong_data_is_found_before_weights_are_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "build_model", lambda *_, **__: pytest.fail("built"))
+    options = ["--data", tmp_path, "--out", tmp_path / "other"]
+    assert "no data set here" in error_line(training, capsys, monkeypatch, *options)
 
 
 def test_bf16_trains(folders, tmp_path):
@@ -518,12 +513,14 @@ def test_mistakes_end_in_one_line_and_status_2(folders, tmp_path, capsys, monkey
         (["--warmup", 4], ["--warmup 4 is as long as the run"]),
         (["--accumulate", 3], ["--batch-size 4", "--accumulate 3"]),
         (["--backbone-weights", "resnet.pth"], ["--backbone-weights resnet.pth has no effect without --backbone"]),
-        (["--set", "tau=0"], ["tau is 0.0, it must be from"]),
+        (["--set", "tau=0"], ["tau is 0, it must be from"]),
+        (["--set", "tau=many"], ["tau is 'many', expected float"]),
         (["--set", "backbone=swin_t"], ["no setting named 'backbone'"]),
-        (["--prompting", "none", "--set", "gamma=1"], ["gamma=1.0 would have no effect", "post-model prompting"]),
+        (["--prompting", "none", "--set", "gamma=1"], ["gamma=1 would have no effect", "post-model prompting"]),
         (["--device", "cuda:7"], ["cuda:7"]),
+        (["--device", "meta"], ["--device meta: expected cpu, cuda or cuda:1"]),
     ]:
-        if options[0] == "--device" and torch.cuda.is_available():
+        if options[-1] == "cuda:7" and torch.cuda.is_available():
             continue
         error = error_line(training, capsys, monkeypatch, *arguments(folders, tmp_path / options[0], *options))
         assert all(word in error for word in words), error
@@ -541,12 +538,84 @@ def test_mistakes_end_in_one_line_and_status_2(folders, tmp_path, capsys, monkey
     )
 
 
-def test_options_out_of_range_are_named(monkeypatch, capsys):
-    for options in (["--iterations", "0"], ["--batch-size", "many"], ["--model", "rn51"]):
+def test_options_of_wrong_types_are_named(monkeypatch, capsys):
+    for options in (["--batch-size", "many"], ["--seed", "1.5"], ["--model", "rn51"]):
         with pytest.raises(SystemExit) as stop:
             run(training, monkeypatch, *options)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and options[0] in error and error.count("\n") == 2, error
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("iterations", 0),
+        ("batch_size", -4),
+        ("accumulate", 0),
+        ("eval_every", 0),
+        ("save_every", -1),
+        ("log_every", 0),
+        ("lr", "nan"),
+        ("lr", "inf"),
+        ("weight_decay", -1),
+        ("clip_grad", -1),
+        ("warmup", -5),
+        ("seed", 2**64),
+        ("ignore_index", 10**6),
+        ("short_side", 0),
+        ("workers", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option, value, folders, tmp_path, monkeypatch, capsys):
+    name = f"--{option.replace('_', '-')}"
+    error = error_line(training, capsys, monkeypatch, *arguments(folders, tmp_path / "run", name, value))
+    assert f"{option} is {value}" in error.replace(".0,", ",") and "it must be from" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_out_of_range_are_refused_in_python(folders, tmp_path):
+    for options, what in (({"log_every": 0}, "log_every is 0"), ({"recipe": Recipe(clip_grad=-1)}, "clip_grad is -1")):
+        with pytest.raises(ValueError, match=what):
+            small_run(folders, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_trainings_in_one_folder_are_refused(folders, tmp_path, monkeypatch, capsys):
+    """Also with --resume; a process that ended, however it did, does not count."""
+    out, ready = tmp_path / "run", tmp_path / "ready"
+    out.mkdir()
+    hold = "import fcntl, pathlib, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX);"
+    hold += "pathlib.Path(sys.argv[2]).touch(); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(out / ".lock"), str(ready)])
+    while not ready.exists() and other.poll() is None:
+        time.sleep(0.02)
+    log = out / "log.jsonl"
+    log.write_text("theirs\n")
+    try:
+        error = error_line(training, capsys, monkeypatch, *arguments(folders, out, "--no-check"))
+        assert f"{out}: another training writes there; name another --out" in error
+        assert log.read_text() == "theirs\n" and not (out / "last.pt").exists()
+    finally:
+        other.kill()
+        other.wait()
+    training.start_log(out, {}, torch.device("cpu"), 1, new=True)
+    assert "command" in json.loads(log.read_text())
+
+
+def test_out_may_not_be_a_file(folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    for more in ([], ["--resume"]):
+        error = error_line(training, capsys, monkeypatch, *arguments(folders, tmp_path / "file", *more))
+        assert "file is a file, not a folder" in error and (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_exploded_loss_is_not_saved(folders, tmp_path):
+    torch.manual_seed(SMALL.seed)
+    model, calls = build_model("tiny", NAMES, crop_size=64), []
+    model.register_forward_hook(lambda _, __, losses: calls.append(1) or {"loss": losses["loss"] * 1e5 ** len(calls)})
+    with pytest.raises(ValueError, match="loss is .* at iteration 1; the checkpoints are unchanged"):
+        small_run(folders, tmp_path, model=model, save_every=1, log_every=50)
+    assert read_checkpoint(tmp_path / "last.pt")["iteration"] == 1
 
 
 @pytest.mark.slow
