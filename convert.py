@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import denseclip
 import detection
-from clip_model import load_weights, read_architecture
+from clip_model import load_weights, read_architecture, read_tensors
 from data import read_classes, run_script
-from denseclip import read_tensors, save_checkpoint
+from denseclip import save_checkpoint
 
 CLASSIFIERS = {  # each task's classifier in the release, and its number of outputs per class
     "segmentation": ("decode_head.conv_seg.weight", 1),
@@ -52,27 +52,45 @@ def convert(source: Path, target: Path, class_names: list[str] | None = None, un
     class_names: for files that do not hold them
     unsafe: also unpickle arbitrary objects, which can run code; the "meta" of released files may hold some
     """
-    checkpoint = torch.load(source, map_location="cpu", weights_only=False) if unsafe else read_tensors(source)
-    state_dict = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    state_dict, names, colors = read_release(source, unsafe)
     task = next((task for task, (key, _) in CLASSIFIERS.items() if key in state_dict), None)
     if task is None:
         keys = " or ".join(key for key, _ in CLASSIFIERS.values())
         raise ValueError(f"{source}: expected a checkpoint of the authors' release, whose state_dict has {keys}")
-    name, settings = read_model(state_dict, task, source)
-
-    classifier, outputs = CLASSIFIERS[task]
-    num_classes = len(state_dict[classifier]) // outputs
-    meta = checkpoint.get("meta") or {}
-    class_names = class_names or list(meta.get("CLASSES") or [])
-    if len(class_names) != num_classes:
-        raise ValueError(f"{source}: a model of {num_classes} classes, but {len(class_names)} names; give --classes")
+    (classifier, outputs), names = CLASSIFIERS[task], class_names or names
+    num_classes = state_dict[classifier].shape[:1].numel() // outputs
+    if len(names) != num_classes:
+        raise ValueError(f"{source}: a model of {num_classes} classes, but {len(names)} names; give --classes")
     build = denseclip.build_model if task == "segmentation" else detection.build_model
-    model = build(name, class_names, **settings)
+    name, settings = read_model(state_dict, task, source)
+    try:
+        model = build(name, names, **settings)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     load_weights(model, {rename(key, task): value for key, value in state_dict.items()}, str(source))
-    data = {"colors": [tuple(map(int, color)) for color in meta.get("PALETTE") or []]}
     # The authors' segmentation models were trained on ADE20K, in whose masks 0 is ignored and 1 is the first class.
-    save_checkpoint(target, model, data=data, run={"reduce_zero_label": True} if task == "segmentation" else {})
+    run = {"reduce_zero_label": True} if task == "segmentation" else {}
+    save_checkpoint(target, model, data={"colors": colors}, run=run)
     return model.eval()
+
+
+def read_release(source: Path, unsafe: bool) -> tuple[dict[str, Tensor], list[str], list[tuple[int, int, int]]]:
+    """State dict, class names and RGB colors of the authors' file; names and colors are empty if it has none."""
+    checkpoint = None if unsafe else read_tensors(source)
+    try:
+        if unsafe:
+            checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+        state_dict, meta = checkpoint["state_dict"], checkpoint.get("meta") or {}
+        names, colors = meta.get("CLASSES") or [], meta.get("PALETTE") or []
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError("its CLASSES are not names")
+        kinds = {(type(key), value.device.type, value.layout, value.is_quantized) for key, value in state_dict.items()}
+        if kinds != {(str, "cpu", torch.strided, False)}:
+            raise TypeError("its state_dict has more than names and plain tensors")
+        return state_dict, list(names), [tuple(bytes((red, green, blue))) for red, green, blue in colors]
+    except Exception as error:  # what a file may hold has no end
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{source}: expected a checkpoint of the authors' release ({reason})") from error
 
 
 def read_model(state_dict: dict[str, Tensor], task: str, source: Path) -> tuple[str, dict]:

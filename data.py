@@ -447,6 +447,8 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception as error:
         if os.environ.get("DENSECLIP_DEBUG"):
             raise
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader's handler would raise again for a dead worker
         message = describe(error)
         print(f"error: {message}", file=sys.stderr)
         from torch.distributed.elastic.multiprocessing import errors
@@ -464,7 +466,7 @@ def describe(error: Exception) -> str:
     message = (str(error).strip() or repr(error)).rpartition(f"\n{type(error).__name__}: ")[2]
     if isinstance(error, ValueError | OSError):  # a user's mistake
         return "\\n".join(message.splitlines())  # a file's name may have several lines
-    message = f"{type(error).__name__}: {message.partition(chr(10))[0]}"
+    message = f"{type(error).__name__}: {message.partition(chr(10))[0]:.200}"
     ways_out = {  # by a part of the message
         "DataLoader worker": "perhaps memory was short: use fewer --workers; --resume continues training",
         "emory": "a smaller --batch-size, --accumulate, --recompute and smaller images need less",

@@ -28,9 +28,6 @@ CLASSES = {**TEXTURES, **SHAPES}  # name: color; in a mask the first is 1, and 0
 SIZES = ((192, 144), (144, 192), (160, 160), (208, 144))  # (width, height)
 
 
-# ------------------------------------------------------------------------------------------------ drawings
-
-
 def draw_dataset(root: Path, train: int = 320, val: int = 40, seed: int = 0) -> None:
     """Draw {images,annotations}/{training,validation} and classes.txt in `root`; the same for the same seed."""
     random = np.random.default_rng(seed)
@@ -106,9 +103,6 @@ def draw_shape(draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius:
         }[name]
         corners = [radius * corner * np.exp(1j * angle) for corner in corners]
         draw.polygon([(x + c.real, y + c.imag) for c in corners], fill=fill, outline=edge, width=2)
-
-
-# ------------------------------------------------------------------------------------------------ pictures
 
 
 @torch.no_grad()

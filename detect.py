@@ -28,11 +28,11 @@ from PIL import Image, ImageDraw, ImageFont
 import coco
 from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
 from data import default_colors, look_at_all, run_script, to_rgb
-from denseclip import read_checkpoint, restore_model
+from denseclip import check_ranges, read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
 from eval import start_process, this_process
-from predict import check_outputs, find_images, for_each_image, open_photo, save_pictures
-from train import Recipe, add_options, choose_model, complete, find_run, parse_settings, positive, start_model, train
+from predict import find_images, for_each_image, open_photo, prepare_outputs, replacing
+from train import Recipe, add_options, choose_model, complete, find_run, parse_settings, start_model, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
 RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1)
@@ -99,6 +99,7 @@ def predict(model: Detector, image: Image.Image, short_side: int | None = None) 
     image:  for example `open_photo("photo.jpg")`, which applies the EXIF orientation; PIL.Image.open does not
     return: in pixels of the image, best first: boxes (N, 4), scores (N,), labels (N,), for Mask R-CNN masks (N, H, W)
     """
+    check_ranges({"short_side": short_side})
     pixels = torch.from_numpy(np.array(to_rgb(image, "the image"))).permute(2, 0, 1)  # (3, H, W) uint8
     transform = DetectionTransform(detection_limits(short_side or model.short_side))
     resized, _ = transform(pixels, {"boxes": torch.zeros(0, 4)})  # (3, h, w) float
@@ -132,20 +133,17 @@ def draw_detections(photo: Image.Image, found: Instances, class_names: list[str]
 
 
 def predict_files(args: argparse.Namespace) -> None:
-    if not 0 <= args.threshold <= 1:
-        raise ValueError(f"--threshold {args.threshold}: expected a score from 0 to 1")
     paths, file = find_images(args.paths), args.out / "detections.json"
-    pictures = {path: args.out / f"{path.stem}.png" for path in paths}
-    check_outputs(paths, [*pictures.values(), file])
     if file.exists() and not args.overwrite:
         raise ValueError(f"{file} exists already: name another --out, or --overwrite what is there")
     _, _, device = start_process(args.device)
     model = load_checkpoint(args.checkpoint, backbone=args.backbone).to(device)
+    pictures = {path: args.out / f"{path.stem}.png" for path in paths}
+    prepare_outputs(paths, [*pictures.values(), file])
     names, ids = model.class_names, range(1, len(model.class_names) + 1)
     if model.name.startswith("mask") and coco.COCO is None:
         print(f"masks are drawn, but {file} will have none: they need pycocotools (pip install pycocotools)")
     images, annotations = [], []  # in COCO's format, so that whatever reads COCO's annotations reads them
-    args.out.mkdir(parents=True, exist_ok=True)
 
     def work(path: Path) -> None:
         photo = open_photo(path)
@@ -153,18 +151,20 @@ def predict_files(args: argparse.Namespace) -> None:
             found = predict(model, photo, args.short_side)
         number = int((found["scores"] >= args.threshold).sum())
         found = {name: value[:number] for name, value in found.items()}
-        save_pictures([draw_detections(photo, found, names)], [pictures[path]])
+        results = coco.to_results(found, len(images) + 1, ids)
+        with replacing([pictures[path]]) as (part,):
+            draw_detections(photo, found, names).save(part)
         images.append({"id": len(images) + 1, "file_name": path.name, "width": photo.width, "height": photo.height})
-        annotations.extend(coco.to_results(found, len(images), ids))
+        annotations.extend({"id": i, **result} for i, result in enumerate(results, start=len(annotations) + 1))
 
     try:
         failed = for_each_image(paths, work)
     finally:  # what was found before Ctrl-C, too
-        categories = [{"id": k, "name": name} for k, name in zip(ids, names, strict=True)]
-        annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
         if images:
-            content = {"images": images, "categories": categories, "annotations": annotations}
-            file.write_text(json.dumps(content), encoding="utf-8")
+            categories = [{"id": k, "name": name} for k, name in zip(ids, names, strict=True)]
+            with replacing([file]) as (part,):
+                content = {"images": images, "categories": categories, "annotations": annotations}
+                part.write_text(json.dumps(content), encoding="utf-8")
     where = f"; detections in {file}" if images else ""
     print(f"{len(images)} pictures written to {args.out}, {failed} images failed{where}")
     sys.exit(1 if failed else 0)
@@ -178,15 +178,12 @@ def main() -> None:
     raw["usage"] = "python %(prog)s [options]"
     training, scoring, predicting = (commands.add_parser(name, **raw) for name in work)
     files = {"nargs": 2, "metavar": ("IMAGES", "JSON"), "help": "folder and file, instead of --data"}
-    fit = "fit images in (5/3 of this, this) (default: 800 to train, then as in training)"
-    short = {"type": positive, "metavar": "PIXELS", "help": fit}
 
     first = training.add_argument_group("what most runs need").add_argument
     first("--train", **files)
     first("--val", **files)
     first("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
     add_options(training, first, PRESETS, RECIPE, "runs/detector")
-    training.add_argument("--short-side", **short)
 
     option = scoring.add_argument
     option("--data", metavar="ROOT", help="data set (default: training's validation set, or data/coco)")
@@ -200,12 +197,15 @@ def main() -> None:
     option("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score shown (default: %(default)s)")
     option("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: %(default)s)")
     option("--overwrite", action="store_true", help="replace what an earlier run left in --out")
+    for command in (training, scoring, predicting):
+        fit = "fit images in (5/3 of this, this) (default: 800 to train, then as in training)"
+        command.add_argument("--short-side", type=int, metavar="PIXELS", help=fit)
     for option in (scoring.add_argument, predicting.add_argument):
         option("--checkpoint", type=Path, required=True, metavar="PATH", help="best.pt or last.pt, or from convert.py")
         option("--backbone", metavar="MODULE:FUNCTION", help="the checkpoint's backbone, if it is one of your own")
-        option("--short-side", **short)
         option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
+    check_ranges(vars(args))
     work[args.command](args)
 
 

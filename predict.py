@@ -11,16 +11,19 @@ everything side by side. EXIF orientation is applied here, but not in eval.py.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import glob
 import importlib.util
+import io
 import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +34,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
+import denseclip
 from clip_model import IGNORE_INDEX, MEAN, STD, load_clip
-from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, keep_memory, read_checkpoint, restore_model
-from eval import check_short_side, label_image, predict_labels, predict_probabilities, sliding_window, start_process
+from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, read_checkpoint, restore_model
+from eval import label_image, predict_labels, predict_probabilities, sliding_window, start_process
 from heads import resize
 
 # Seven that suffice, say CLIP's authors: github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb
@@ -51,19 +55,17 @@ HEAT = np.stack([np.interp(np.linspace(0, 4, 255), range(5), channel) for channe
 class ScoreMapModel(nn.Module):
     """Segmentation by the score map of Eq. (2) alone, without a head: images (B, 3, H, W) -> s / tau (B, K, H, W).
 
-    encoder: a LanguageGuidedEncoder whose class names are `split_names(names)`
-    names:   of the classes; the score of one with several, such as "sky|clouds", is the largest of theirs
+    encoder: a LanguageGuidedEncoder whose class names are those of all groups, one after another
+    groups:  the names of each class; the score of one with several is the largest of theirs
     sizes:   crop_size (of the windows) and short_side, in pixels
     center:  subtract from the map of each name its mean over the image
     """
 
-    def __init__(self, encoder: nn.Module, names: list[str], tau: float, sizes: tuple[int, int], center: bool = False):
+    def __init__(self, encoder: nn.Module, groups: list, tau: float, sizes: tuple[int, int], center: bool = False):
         super().__init__()
         self.encoder, self.tau, self.center = encoder, tau, center
         self.crop_size, self.short_side = sizes
-        known = names == encoder.class_names  # such as "sky|clouds" if that was a class's name in training
-        groups = [[name] if known else name.split("|") for name in names]
-        self.class_names, self.counts = [group[0].strip() for group in groups], [len(group) for group in groups]
+        self.class_names, self.counts = [names[0] for names in groups], [len(names) for names in groups]
 
     def forward(self, images: Tensor) -> Tensor:
         _, score_map, _ = self.encoder(images)  # (B, number of names, H4, W4), Eq. (2)
@@ -74,24 +76,21 @@ class ScoreMapModel(nn.Module):
         return resize(scores / self.tau, images.shape[-2:])  # (B, K, H, W)
 
 
-def split_names(class_names: list[str]) -> list[str]:
-    """All names of all classes, one after another."""
-    return [name.strip() for names in class_names for name in names.split("|")]
-
-
 def score_map_model(model: DenseCLIP, class_names: list[str], source: str | Path) -> ScoreMapModel | None:
     """A trained model's score maps, for other class names, too; None if it was trained without language."""
     settings, trained = model.settings, class_names == model.class_names
+    if settings.prompting == "none" and trained:
+        return None
     if settings.prompting == "none" or settings.stored_text and not trained:
-        if trained:
-            return None
         why = "freeze_text dropped its text encoder" if settings.stored_text else "it was trained without language"
         raise ValueError(f"{source}: {why}, so all it can do is predict its own {len(model.class_names)} classes")
+    groups = [[name] for name in class_names]  # "sky|clouds" is one name if it was one in training
     if not trained:
-        model.encoder.set_class_names(split_names(class_names), any_number=True)
+        groups = [re.split(r"\s*\|\s*", names.strip()) for names in class_names]
+        model.encoder.set_class_names(sum(groups, []), any_number=True)
     # Labels come from windows of training's size; maps that are only looked at have no seams in one window.
     sizes = ONE_WINDOW if trained else model.crop_size, model.short_side
-    return ScoreMapModel(model.encoder, class_names, settings.tau or 0.07, sizes)  # None: no auxiliary loss
+    return ScoreMapModel(model.encoder, groups, settings.tau or 0.07, sizes)  # None: no auxiliary loss
 
 
 def zero_shot_model(clip: str, class_names: list[str] | None, dense: str = "value") -> ScoreMapModel:
@@ -104,18 +103,17 @@ def zero_shot_model(clip: str, class_names: list[str] | None, dense: str = "valu
     """
     if not class_names:
         raise ValueError('CLIP alone has no classes: name some, such as --classes "dog, grass, sky"')
-    model = load_clip(clip)
+    model, groups = load_clip(clip), [re.split(r"\s*\|\s*", names.strip()) for names in class_names]
     options = {"num_contexts": 0, "templates": TEMPLATES, "join_score_map": False}
-    encoder = LanguageGuidedEncoder(model.visual, model.text, split_names(class_names), **options)
-    if dense == "value":
-        if hasattr(model.visual, "transformer"):
-            model.visual.transformer.resblocks[-1].register_forward_hook(value_block)
-        else:
-            model.visual.attnpool.register_forward_hook(value_pool)
+    encoder = LanguageGuidedEncoder(model.visual, model.text, sum(groups, []), **options)
+    if dense == "value" and hasattr(model.visual, "transformer"):
+        model.visual.transformer.resblocks[-1].register_forward_hook(value_block)
+    elif dense == "value":
+        model.visual.attnpool.register_forward_hook(value_pool)
     # At twice CLIP's resolution, objects are not much larger than those it was trained on, and a ResNet's map has 14
     # cells along the short side instead of 7. One window, since CLIP was trained on whole images. tau is CLIP's own.
     sizes = ONE_WINDOW, 2 * model.architecture.input_resolution
-    return ScoreMapModel(encoder, class_names, tau=0.01, sizes=sizes, center=dense == "value")
+    return ScoreMapModel(encoder, groups, tau=0.01, sizes=sizes, center=dense == "value")
 
 
 def value_block(block: nn.Module, inputs: tuple, _: Tensor) -> Tensor:
@@ -144,7 +142,6 @@ class Predictor:
     dense:       with clip: "z" or "value" (the default), see `zero_shot_model`
     short_side:  pixels; images are resized to fit (2048, short_side). Default: as in training
     multi_scale: labels and probabilities are averaged over six scales, each also flipped
-    precision:   "fp32" or "bf16"
     backbone:    your own, see `denseclip.restore_model`
     """
 
@@ -157,53 +154,56 @@ class Predictor:
         short_side: int | None = None,
         multi_scale: bool = False,
         device: str | torch.device | None = None,
-        precision: str = "fp32",
         backbone: str | nn.Module | None = None,
     ):
         if (checkpoint is None) == (clip is None):
             raise ValueError("expected a model, one of the two: --checkpoint FILE or --clip NAME")
-        if checkpoint is None and backbone or clip is None and dense:
+        if clip and backbone or checkpoint and dense:
             raise ValueError("--dense is for CLIP alone, --backbone for a checkpoint whose backbone is your own")
-        check_short_side(short_side)
-        keep_memory()
-        self.colors, self.reduce_zero_label, self.source = None, False, checkpoint or clip
+        denseclip.check_ranges({"short_side": short_side})
+        denseclip.keep_memory()
+        saved, self.source = {}, checkpoint or clip
         if clip is not None:
             self.model = self.scores = zero_shot_model(clip, class_names, dense or "value")
         else:
             saved = read_checkpoint(checkpoint)
             self.model = restore_model(saved, checkpoint, build_model, backbone=backbone)
-            names = list(class_names or self.model.class_names)
-            trained = names == self.model.class_names  # before the encoder's names change
-            self.scores = score_map_model(self.model, names, checkpoint)
-            if trained:
-                self.colors = saved.get("data", {}).get("colors")
-                self.reduce_zero_label = saved.get("run", {}).get("reduce_zero_label", False)
-            else:
-                self.model = self.scores
+            own = self.model.class_names
+            self.scores = score_map_model(self.model, list(class_names or own), checkpoint)
+            if class_names and list(class_names) != own:
+                self.model, saved = self.scores, {}
         self.class_names = self.model.class_names
         if len(self.class_names) > IGNORE_INDEX:
             raise ValueError(f"{len(self.class_names)} classes, but images of labels have room for {IGNORE_INDEX}")
-        self.colors = self.colors or data.default_colors(len(self.class_names))
+        self.colors = saved.get("data", {}).get("colors") or data.default_colors(len(self.class_names))
+        self.reduce_zero_label = bool(saved.get("run", {}).get("reduce_zero_label"))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device).eval()
-        self.crop_size, self.short_side = self.model.crop_size, short_side or self.model.short_side
-        self.protocol = {"multi_scale": multi_scale}
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.short_side = short_side or self.model.short_side
+        self.protocol = {"short_side": self.short_side, "multi_scale": multi_scale}
 
     def labels(self, photo: Photo) -> Tensor:
         """The most probable class of each pixel, (H, W) int64, on the CPU."""
         image = self.read(photo)  # (3, H, W)
-        return predict_labels(self, image, image.shape[-2:], **self.protocol).cpu()
+        return predict_labels(self.model, image, image.shape[-2:], **self.protocol).cpu()
 
     def probabilities(self, photo: Photo) -> Tensor:
         """(K, H, W) on the CPU; all classes of a large photo need much memory."""
         image = self.read(photo)  # (3, H, W)
-        return predict_probabilities(self, image, image.shape[-2:], **self.protocol).cpu()
+        return predict_probabilities(self.model, image, image.shape[-2:], **self.protocol).cpu()
 
-    def score_maps(self, photo: Photo) -> Tensor:
-        """Cosine similarity of every pixel and every class, Eq. (2), (K, H, W) on the CPU; values: less its mean."""
-        image = self.read(photo)  # (3, H, W)
-        return resize(self.small_score_maps(image)[None], image.shape[-2:])[0]  # (K, H, W)
+    @torch.no_grad()
+    def score_maps(self, photo: Photo, small: bool = False) -> Tensor:
+        """Cosine similarity of every pixel and every class, Eq. (2), (K, H, W) on the CPU; values: less its mean.
+
+        small: (K, h, w), before they are resized to the photo's size
+        """
+        if self.scores is None:
+            raise ValueError(f"{self.source}: it was trained without language, so it has no score maps")
+        image, window = self.read(photo), self.scores.crop_size  # (3, H, W), pixels
+        resized = data.resize_to_fit(image[None], (2048, self.short_side))  # (1, 3, h, w)
+        maps = self.scores.tau * sliding_window(self.scores, resized, window, window * 2 // 3).cpu()  # (1, K, h, w)
+        return maps[0] if small else resize(maps, image.shape[-2:])[0]
 
     def overlay(self, photo: Photo, labels: Tensor | None = None) -> Image.Image:
         """The labels in their colors over the photo, with a legend below."""
@@ -211,24 +211,10 @@ class Predictor:
         legend = [(self.colors[k], self.class_names[k]) for k in classes_present(labels)]
         return add_legend(paint(photo, labels, self.colors), legend)
 
-    @torch.no_grad()
-    def small_score_maps(self, image: Tensor) -> Tensor:
-        """The score maps before they are resized to the photo's size: (3, H, W) -> (K, h, w)."""
-        if self.scores is None:
-            raise ValueError(f"{self.source}: it was trained without language, so it has no score maps")
-        model, window = functools.partial(self, model=self.scores), self.scores.crop_size
-        image = data.resize_to_fit(image[None], (2048, self.short_side))  # (1, 3, h, w)
-        return self.scores.tau * sliding_window(model, image, window, window * 2 // 3)[0].cpu()  # (K, h, w)
-
     def read(self, photo: Photo) -> Tensor:
         """(3, H, W), normalized."""
         pixels = torch.from_numpy(np.array(open_photo(photo))).permute(2, 0, 1)  # (3, H, W) uint8
         return data.eval_transform(pixels, torch.empty(0))[0].to(self.device)  # (3, H, W)
-
-    def __call__(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Logits (B, K, H, W) of normalized images (B, 3, H, W). Thus eval.py's functions take this for a model."""
-        with self.autocast():
-            return (model or self.model)(images)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -307,20 +293,21 @@ def draw_sheet(photo: Image.Image, labels: Tensor, class_names: list, colors: li
     return functools.reduce(add_legend, legends, sheet)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------ files and export
 
 
 def find_images(paths: list[str]) -> list[Path]:
     """The image files that files, folders and patterns such as "photos/*.jpg" name, in order, each once."""
     files: dict[Path, None] = {}
     for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in data.IMAGE_SUFFIXES and p.name[0] != ".")
-        else:
-            found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        pattern = f"{glob.escape(str(path))}/*" if path.is_dir() else str(path)
+        there = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        # regular files only: reading a pipe may wait for ever
+        found = [p for p in there if p.suffix.lower() in data.IMAGE_SUFFIXES and p.is_file()]
         if not found:
-            kinds = " ".join(sorted(data.IMAGE_SUFFIXES))
-            raise FileNotFoundError(f"{path}: no such image, or a folder without any ({kinds})")
+            others = " ".join(sorted({p.suffix if p.is_file() and p.suffix else p.name for p in there})[:5])
+            what = f"no image, only {others}" if others else "no such image, or a folder without any"
+            raise FileNotFoundError(f"{path}: {what}; expected files of type {' '.join(sorted(data.IMAGE_SUFFIXES))}")
         files |= dict.fromkeys(found)
     return list(files)
 
@@ -338,18 +325,27 @@ def for_each_image(paths: list[Path], work: Callable[[Path], None]) -> int:
     for path in tqdm(paths, "predicting", unit="image", disable=None):
         try:
             work(path)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is
+            if os.environ.get("DENSECLIP_DEBUG"):
+                raise
             failed += 1
-            message = " ".join(str(error).split())
-            tqdm.write(f"error: {message if str(path) in message else f'{path}: {message}'}", file=sys.stderr)
+            name, message = "\\n".join(str(path).splitlines()), data.describe(error)
+            tqdm.write(f"error: {message if name in message else f'{name}: {message}'}", file=sys.stderr)
     return failed
 
 
-def check_outputs(images: list[Path], outputs: list[Path]) -> None:
-    """A ValueError if an output would replace an image, or another output because their images have one name."""
+def prepare_outputs(images: list[Path], outputs: list[Path]) -> None:
+    """Make the folders of the outputs. A ValueError if one of them cannot be written, or if an output would replace an
+    image, or another output because their images have one name."""
     used = Counter(map(os.path.abspath, [*images, *outputs]))
     if twice := [file for file, times in used.items() if times > 1]:
         raise ValueError(f"{twice[0]} is where two pictures would go, or an image is; give each folder its own --out")
+    for folder in {file.parent for file in outputs}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"{folder}: not a folder that can be written ({error.strerror}); name another") from None
 
 
 def draw_pictures(predictor: Predictor, photo: Image.Image, shown: list[int], sheet: bool) -> Iterator[Image.Image]:
@@ -359,7 +355,7 @@ def draw_pictures(predictor: Predictor, photo: Image.Image, shown: list[int], sh
     yield label_image(labels, colors, predictor.reduce_zero_label)
     maps, chosen = {}, shown or sorted(classes_present(labels)[:5])
     if shown or sheet and predictor.scores is not None:
-        scores = predictor.small_score_maps(predictor.read(photo))[chosen]  # (number chosen, h, w)
+        scores = predictor.score_maps(photo, small=True)[chosen]  # (number chosen, h, w)
         maps, low, high = dict(zip(chosen, scores, strict=True)), scores.min().item(), scores.max().item()
     if sheet:
         yield draw_sheet(photo, labels, names, colors, {names[k]: x for k, x in maps.items()})
@@ -367,20 +363,20 @@ def draw_pictures(predictor: Predictor, photo: Image.Image, shown: list[int], sh
         yield add_legend(paint_scores(photo, maps[k], low, high), [(None, names[k]), *heat_legend(low, high)])
 
 
-def save_pictures(pictures: Iterable[Image.Image], files: list[Path]) -> None:
-    """All of them or none, so that a photo which was interrupted is not skipped the next time."""
+@contextlib.contextmanager
+def replacing(files: list[Path]) -> Iterator[list[Path]]:
+    """Names to write to. The files get all of them at the end or, after an error or an interruption, none, so that a
+    photo that was interrupted is not skipped the next time."""
     parts = [file.with_name(f".{file.name}") for file in files]
     try:
-        for picture, part in zip(pictures, parts, strict=True):
-            picture.save(part)
+        yield parts
         for part, file in zip(parts, files, strict=True):
             os.replace(part, file)
+    except OSError as error:
+        raise OSError(f"{files[0]}: not written, is the disk full? ({error})") from None
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------ export
 
 
 @torch.no_grad()
@@ -393,8 +389,8 @@ def export(model: nn.Module, path: str | Path) -> None:
     logits: (B, K, H, W) float32, its output
     Class names, mean, std and short side are in ONNX's metadata and in the extra files of a .pt2, as JSON.
     """
-    onnx = Path(path).suffix == ".onnx"
-    if Path(path).suffix not in (".onnx", ".pt2"):
+    path, onnx = Path(path), Path(path).suffix == ".onnx"
+    if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: expected a name that ends in .pt2 (torch.export) or .onnx")
     if onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise ValueError(f"{path}: ONNX needs two more packages: pip install onnx onnxscript")
@@ -402,31 +398,28 @@ def export(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path}: UperNet's pooling to a fixed number of bins is not in ONNX for any size; use .pt2")
     if any(type(part).__name__ == "SwinPyramid" for part in model.modules()):
         raise ValueError(f"{path}: Swin's windows shift by image size in Python, so no graph of it fits every size")
+    prepare_outputs([], [path])
     model = copy.deepcopy(model).cpu().eval()
     if isinstance(model.encoder, LanguageGuidedEncoder):
         model.encoder.freeze_text()
-    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     facts = {"class_names": model.class_names, "mean": MEAN, "std": STD, "short_side": model.short_side}
     facts = {name: json.dumps(fact) for name, fact in facts.items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    example, sizes = (torch.zeros(2, 3, 256, 320),), dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    names |= {"dynamic_shapes": {"images": {0: "batch", 2: "height", 3: "width"}}}
     try:
-        example = (torch.zeros(2, 3, 256, 320),)
         program = torch.export.export(model, example, dynamic_shapes={"images": sizes}, strict=False)
-        if onnx:
-            names = {"input_names": ["images"], "output_names": ["logits"]}
-            names["dynamic_shapes"] = {"images": {0: "batch", 2: "height", 3: "width"}}
-            program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        program = torch.onnx.export(program, dynamo=True, verbose=False, **names) if onnx else program
     except Exception as error:  # torch's messages run over many lines
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path}: PyTorch {torch.__version__} cannot export this model: {reason}") from error
-    if onnx:
-        program.model.metadata_props.update(facts)
-        program.save(path)
-    else:
-        torch.export.save(program, path, extra_files=facts)
-
-
-# ------------------------------------------------------------------------------------------------ command line
+    with replacing([path]) as (part,):
+        if onnx:
+            program.model.metadata_props.update(facts)
+            program.save(part)
+        else:
+            torch.export.save(program, buffer := io.BytesIO(), extra_files=facts)
+            part.write_bytes(buffer.getbuffer())
 
 
 def main() -> None:
@@ -445,7 +438,7 @@ def main() -> None:
     option("--sheet", action="store_true", help="also write everything side by side; by default five score maps")
     option("--multi-scale", action="store_true", help="labels from scales 0.5 to 1.75, each also flipped")
     option("--short-side", type=int, metavar="PIXELS", help="resize the shorter side to this (default: as in training)")
-    option("--export", metavar="FILE", help="write the model as one graph, .onnx or .pt2, see `export`")
+    option("--export", type=Path, metavar="FILE", help="write the model as one graph, .onnx or .pt2, see `export`")
     option("--overwrite", action="store_true", help="replace what is there; photos with pictures are skipped otherwise")
     option("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
@@ -453,13 +446,13 @@ def main() -> None:
 
     if not args.paths and not args.export:
         raise ValueError("no images: name files, folders or patterns, before --score-maps and its names")
+    if args.export and args.export.exists() and not args.overwrite:
+        raise ValueError(f"{args.export} already exists: --overwrite replaces it")
     paths, (_, _, device) = find_images(args.paths), start_process(args.device)
     names, colors = data.read_classes(args.classes) if args.classes else (None, None)
-    same = ("clip", "dense", "short_side", "multi_scale", "precision", "backbone")
+    same = ("clip", "dense", "short_side", "multi_scale", "backbone")
     predictor = Predictor(args.checkpoint, names, device=device, **{name: getattr(args, name) for name in same})
     if args.export:
-        if Path(args.export).exists() and not args.overwrite:
-            raise ValueError(f"{args.export} already exists: --overwrite replaces it")
         export(predictor.model, args.export)
         print(f"{args.export}: images (B, 3, H, W), normalized with CLIP's mean and std -> logits (B, K, H, W)")
         if not paths:
@@ -478,19 +471,23 @@ def main() -> None:
     endings = ["", "_labels", *["_sheet"] * args.sheet]
     endings += ["_score_" + re.sub(r"\W+", "_", names[k])[:40] for k in shown]  # safe in file names
     files = {path: [args.out / f"{path.stem}{ending}.png" for ending in endings] for path in paths}
-    check_outputs(paths, [file for outputs in files.values() for file in outputs])
-    args.out.mkdir(parents=True, exist_ok=True)
-    there = {path: file for path in paths for file in files[path][::-1] if file.exists() and not args.overwrite}
-    if there:
-        file, how = next(iter(there.values())), "--overwrite replaces them, another --out keeps them"
-        print(f"skipping {len(there)} of {len(paths)} photos: {file} exists, perhaps from another model; {how}")
-    todo = [path for path in paths if path not in there]
+    prepare_outputs(paths, [file for outputs in files.values() for file in outputs])
+    done = {path for path in paths if not args.overwrite and any(file.exists() for file in files[path])}
+    if done:
+        where = f"with pictures in {args.out}, perhaps of another model"
+        print(
+            f"skipping {len(done)} of {len(paths)} photos {where}; --overwrite replaces them, another --out keeps them"
+        )
 
     def work(path: Path) -> None:
-        save_pictures(draw_pictures(predictor, open_photo(path), shown, args.sheet), files[path])
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        with bf16, replacing(files[path]) as parts:
+            for picture, part in zip(draw_pictures(predictor, open_photo(path), shown, args.sheet), parts, strict=True):
+                picture.save(part)
 
-    failed = for_each_image(todo, work)
-    print(f"pictures of {len(todo) - failed} photos written to {args.out}, {len(there)} skipped, {failed} failed")
+    failed = for_each_image([path for path in paths if path not in done], work)
+    written = len(paths) - len(done) - failed
+    print(f"pictures of {written} photos written to {args.out}, {len(done)} skipped, {failed} failed")
     if failed:
         sys.exit(1)
 

@@ -245,6 +245,7 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device, recompute: b
     optimizer = build_optimizer(model, recipe)
     if world == 1:
         return model, optimizer
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # the contexts'; harmless
     other = model.settings.backbone is not None  # not CLIP's: it may have parameters without a gradient
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers has a new name
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other), optimizer
@@ -383,7 +384,7 @@ def start_log(out: Path, run: dict, device: torch.device, accumulate: int, new: 
         import fcntl
 
         # until this process ends; loader workers, which may outlive it, do not inherit this kind of lock
-        fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{out}: another training writes there; name another --out") from None
     except (ImportError, OSError):  # Windows and some file systems have no such locks

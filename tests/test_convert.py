@@ -81,3 +81,69 @@ def test_other_files_are_named(tmp_path, capsys, monkeypatch):
     for name in ("none.pth", "other.pth", "resnet.pth", "list.pth"):
         assert name in error_line(convert, capsys, monkeypatch, tmp_path / name, tmp_path / "ours.pt")
         assert not (tmp_path / "ours.pt").exists()
+
+
+DAMAGE = {  # of the authors' file: what becomes of it
+    "state_dict is a list": (lambda c: c | {"state_dict": [1]}, "authors' release"),
+    "state_dict is a tensor": (lambda c: c | {"state_dict": torch.zeros(3)}, "authors' release"),
+    "values that are no tensors": (lambda c: c | {"state_dict": c["state_dict"] | {"x": "y"}}, "authors' release"),
+    "keys that are no strings": (
+        lambda c: c | {"state_dict": c["state_dict"] | {5: torch.zeros(1)}},
+        "names and plain tensors",
+    ),
+    "sparse": (lambda c: with_weight(c, torch.eye(3).to_sparse()), "plain tensors"),
+    "meta": (lambda c: with_weight(c, torch.zeros(3, 256, 1, 1, device="meta")), "plain tensors"),
+    "a scalar classifier": (lambda c: with_weight(c, torch.tensor(1.0)), "a model of 1 classes, but 3 names"),
+    "no classes": (lambda c: with_weight(c, torch.zeros(0, 64, 1, 1)) | {"meta": {}}, "expected a list of class names"),
+    "other shapes": (lambda c: with_weight(c, torch.zeros(3, 7, 1, 1)), r"conv_seg.weight is \(3, 7, 1, 1\), expected"),
+    "nan": (lambda c: with_weight(c, torch.full((3, 256, 1, 1), float("nan"))), "conv_seg.weight is not finite"),
+    "meta is a list": (lambda c: c | {"meta": [1]}, "authors' release"),
+    "meta is a tensor": (lambda c: c | {"meta": torch.zeros(3)}, "authors' release"),
+    "CLASSES is a string": (lambda c: c | {"meta": {"CLASSES": "cat"}}, "CLASSES are not names"),
+    "CLASSES is a number": (lambda c: c | {"meta": {"CLASSES": 3}}, "CLASSES are not names"),
+    "CLASSES are numbers": (lambda c: c | {"meta": {"CLASSES": [1, 2, 3]}}, "CLASSES are not names"),
+    "CLASSES are equal": (lambda c: c | {"meta": {"CLASSES": ["cat"] * 3}}, "'cat' occurs more than once"),
+    "CLASSES are missing": (lambda c: c | {"meta": None}, "a model of 3 classes, but 0 names; give --classes"),
+    "PALETTE is a number": (lambda c: c | {"meta": c["meta"] | {"PALETTE": 3}}, "authors' release"),
+    "PALETTE of pairs": (lambda c: c | {"meta": c["meta"] | {"PALETTE": [[1, 2]] * 3}}, "authors' release"),
+    "PALETTE beyond 255": (lambda c: c | {"meta": c["meta"] | {"PALETTE": [[1, 2, 300]] * 3}}, "authors' release"),
+}
+
+
+def with_weight(checkpoint, value):
+    return checkpoint | {"state_dict": checkpoint["state_dict"] | {"decode_head.conv_seg.weight": value}}
+
+
+@pytest.fixture(scope="module")
+def authors(tmp_path_factory):
+    path = tmp_path_factory.mktemp("authors") / "authors.pth"
+    authors_file(path, "segmentation")
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("unsafe", [False, True], ids=["", "unsafe"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_end_in_one_line(damage, unsafe, authors, tmp_path):
+    change, message = DAMAGE[damage]
+    torch.save(change(authors), tmp_path / "authors.pth")
+    with pytest.raises(ValueError, match=message) as error:
+        convert.convert(tmp_path / "authors.pth", tmp_path / "ours.pt", unsafe=unsafe)
+    assert "authors.pth: " in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["authors.pth"]
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 half", b"\x80\x02cnosuch\nname\n."])
+@pytest.mark.parametrize("options", [[], ["--unsafe"]], ids=["", "unsafe"])
+def test_other_bytes_end_in_one_line(content, options, tmp_path, monkeypatch, capsys):
+    (tmp_path / "authors.pth").write_bytes(content)
+    line = error_line(convert, capsys, monkeypatch, tmp_path / "authors.pth", tmp_path / "ours.pt", *options)
+    assert "authors.pth: " in line and "weights_only" not in line and "please report" not in line
+
+
+def test_the_target_is_made_or_refused(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "authors.pth"
+    authors_file(source, "segmentation")
+    run(convert, monkeypatch, source, tmp_path / "new" / "folder" / "ours.pt")
+    assert denseclip.load_checkpoint(tmp_path / "new" / "folder" / "ours.pt").class_names == NAMES
+    assert "authors.pth" in error_line(convert, capsys, monkeypatch, source, source / "ours.pt")
+    assert f"{tmp_path / 'new'} already exists" in error_line(convert, capsys, monkeypatch, source, tmp_path / "new")

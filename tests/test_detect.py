@@ -388,6 +388,34 @@ def test_what_was_found_before_an_interruption_is_kept(retinanet, monkeypatch, t
     assert [image["file_name"] for image in content["images"]] == ["0.png"] and content["annotations"]
 
 
+def test_a_full_disk_leaves_no_half_of_the_json(retinanet, monkeypatch, capsys, tmp_path):
+    photos, original = draw_photos(tmp_path / "photos", SIZES[:1]), Path.write_text
+
+    def half(path, content, **options):
+        original(path, content[:40], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    options = ["predict", photos, "--checkpoint", retinanet, "--out", tmp_path / "out", "--device", "cpu"]
+    assert "detections.json: not written, is the disk full" in error_line(detect, capsys, monkeypatch, *options)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.png"]
+
+
+def test_an_image_that_fails_late_is_not_in_the_json(retinanet, monkeypatch, tmp_path):
+    photos, original = draw_photos(tmp_path / "photos", SIZES[:2]), detect.draw_detections
+
+    def draw_or_fail(photo, *rest):
+        if photo.size == SIZES[0]:
+            raise MemoryError
+        return original(photo, *rest)
+
+    monkeypatch.setattr(detect, "draw_detections", draw_or_fail)
+    assert predict(monkeypatch, photos, "--checkpoint", retinanet, "--out", tmp_path / "out") == 1
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [(image["id"], image["file_name"]) for image in content["images"]] == [(1, "1.png")]
+    assert {annotation["image_id"] for annotation in content["annotations"]} == {1}
+
+
 def test_exif_orientation_is_applied_to_photos(retinanet, monkeypatch, tmp_path):
     upright = open_photo(draw_photos(tmp_path / "upright", SIZES[3:4]) / "0.png")
     (tmp_path / "turned").mkdir()
@@ -433,7 +461,10 @@ def test_wrong_paths_and_options_of_predict_are_named(retinanet, monkeypatch, ca
         ([tmp_path / "empty", *end], ["empty: no such image"]),
         ([photos, other, *end], ["out/0.png is where two pictures would go"]),
         ([photos, *end[:-1], photos], [f"{photos / '0.png'} is where two pictures would go, or an image is"]),
-        ([photos, *end, "--threshold", 50], ["--threshold 50.0", "from 0 to 1"]),
+        ([photos, *end, "--threshold", 50], ["threshold is 50.0", "from 0 to 1"]),
+        ([photos, *end, "--threshold", "nan"], ["threshold is nan"]),
+        ([photos, *end, "--short-side", 0], ["short_side is 0"]),
+        ([photos, *end[:-1], photos / "0.png"], ["0.png: not a folder that can be written"]),
         ([photos, *end, "--checkpoint", tmp_path / "none.pt"], ["none.pt"]),
     ]:
         error = error_line(detect, capsys, monkeypatch, "predict", *options)

@@ -1,6 +1,7 @@
 """predict.py draws what eval.py scores: the same labels, of photos of any kind and size. With other class names and
 with CLIP alone, it draws Eq. (2) as computed by hand from open_clip's tokens. Mistakes end in one line."""
 
+import os
 import re
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_pictures_of_a_folder(checkpoint, photos, tmp_path, monkeypatch, capsys)
     run(predict, monkeypatch, *options)
     assert (out / "0.png").exists() and (out / "1_labels.png").read_bytes() == b"mine"
     printed = capsys.readouterr().out
-    assert f"skipping 3 of 4 photos: {out / '1.png'} exists, perhaps from another model; --overwrite" in printed
+    assert f"skipping 3 of 4 photos with pictures in {out}, perhaps of another model; --overwrite" in printed
     assert f"pictures of 1 photos written to {out}, 3 skipped, 0 failed" in printed
     run(predict, monkeypatch, *options, "--overwrite")
     assert (out / "1_labels.png").read_bytes() == before
@@ -94,13 +95,10 @@ def test_pictures_of_a_folder(checkpoint, photos, tmp_path, monkeypatch, capsys)
 
 
 def test_an_interrupted_photo_leaves_what_was_there(tmp_path):
-    def pictures():
-        yield Image.new("RGB", (8, 8))
-        raise KeyboardInterrupt
-
     (tmp_path / "a.png").write_bytes(b"before")
-    with pytest.raises(KeyboardInterrupt):
-        predict.save_pictures(pictures(), [tmp_path / "a.png", tmp_path / "b.png"])
+    with pytest.raises(KeyboardInterrupt), predict.replacing([tmp_path / "a.png", tmp_path / "b.png"]) as parts:
+        Image.new("RGB", (8, 8)).save(parts[0])
+        raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"
 
 
@@ -147,10 +145,8 @@ def test_images_of_any_size_and_mode(backbone, tmp_path, monkeypatch):
     made |= {"tall": np.full((300, 2), 9, np.uint8), "alpha": np.full((9, 8, 4), 9, np.uint8)}
     for name, pixels in made.items():
         Image.fromarray(pixels).save(tmp_path / "in" / f"{name}.png")
-    options = ["--score-maps", "all", "--sheet", "--precision", "bf16"]
-    run(
-        predict, monkeypatch, tmp_path / "in", "--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "out", *options
-    )
+    options = ["--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "out", "--precision", "bf16"]
+    run(predict, monkeypatch, tmp_path / "in", *options, "--score-maps", "all", "--sheet")
     for name, pixels in made.items():
         assert labels_of(tmp_path / "out" / f"{name}_labels.png").shape == pixels.shape[:2]
     assert len(list((tmp_path / "out").iterdir())) == len(made) * (3 + len(NAMES))
@@ -214,7 +210,7 @@ def test_own_names_are_scored_by_eq_2(checkpoint, photos, tmp_path, monkeypatch,
             expected[..., left : left + width] += resize(model.encoder(image[..., left : left + width])[1], (64, width))
     expected[..., 21:64] /= 2
     predictor = Predictor(checkpoint, names)
-    assert (predictor.small_score_maps(predictor.read(photo)) - expected[0]).abs().max() < 1e-5
+    assert (predictor.score_maps(photo, small=True) - expected[0]).abs().max() < 1e-5
     probabilities = (resize(expected, (96, 128)) / model.tau).softmax(1)[0]
     assert (predictor.probabilities(photo) - probabilities).abs().max() < 1e-4
     assert predictor.colors == default_colors(3) and predictor.class_names == names
@@ -230,7 +226,7 @@ def test_a_class_of_several_names_has_the_largest_score(checkpoint, photos):
     photo = Image.open(photos / "0.png")
     flat = Predictor(checkpoint, ["sky", "clouds", "dog", "grass"])
     grouped = Predictor(checkpoint, ["sky | clouds", "dog", "grass"])
-    one, many = (p.small_score_maps(p.read(photo)) for p in (grouped, flat))
+    one, many = (p.score_maps(photo, small=True) for p in (grouped, flat))
     assert grouped.class_names == ["sky", "dog", "grass"] and one.shape[0] == 3
     _, cosines, _ = flat.scores.encoder(images(1))
     both = grouped.scores(images(1)) * grouped.scores.tau
@@ -378,16 +374,24 @@ def test_the_documented_lines_run(checkpoint, photos, tmp_path, monkeypatch):
         (["--checkpoint", "PATH", "--classes", "dog"], "dog: no such class list; give names such as"),
         (["--checkpoint", "PATH", "--classes", "dog, cat|dog"], "'dog' occurs more than once"),
         (["--checkpoint", "PATH", "--classes", "dog, cat||puppy"], "none of them empty"),
+        (["--checkpoint", "PATH", "--classes", "sky, , grass"], "none of them empty"),
+        (["--checkpoint", "PATH", "--classes", "|,sky"], "none of them empty"),
+        (["--checkpoint", "PATH", "--classes", "sky||grass"], "sky||grass.*: no such class list"),
+        (["--checkpoint", "PATH", "--classes", "|"], "no such class list"),
         (
             ["--checkpoint", "PATH", "--classes", ",".join(f"x{i}" for i in range(256))],
             "256 classes, but .* room for 255",
         ),
         (["--checkpoint", "PATH", "--classes", "dog, " + "long " * 80], "82 tokens, but the text encoder has room"),
         (["--checkpoint", "PATH", "--short-side", "-5"], "short_side is -5, it must be from 32 to 8192"),
-        (["--checkpoint", "PHOTOS/0.png"], "0.png: not a .*checkpoint"),
+        (["--checkpoint", "PHOTOS/0.png"], "0.png: .* or is damaged"),
         (["--checkpoint", "PATH", "PHOTOS/sub/0.png"], "out/0.png is where two pictures would go"),
         (["--checkpoint", "PATH", "--out", "PHOTOS"], "photos/0.png is where two pictures would go, or an image is"),
         (["--checkpoint", "PATH", "nothing/*.jpg"], "nothing/.*no such image"),
+        (["--checkpoint", "PATH", "--out", "PHOTOS/0.png"], "0.png: not a folder that can be written"),
+        (["--checkpoint", "PATH", "--out", "PHOTOS/0.png/out"], "out: not a folder that can be written"),
+        (["--checkpoint", "PATH", "--export", "PHOTOS/0.png/a.onnx"], "0.png: not a folder that can be written"),
+        (["--checkpoint", "PATH", "--export", "PHOTOS"], "photos already exists"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, checkpoint, photos, tmp_path, monkeypatch, capsys):
@@ -399,3 +403,83 @@ def test_mistakes_end_in_one_line(options, message, checkpoint, photos, tmp_path
     line = error_line(predict, capsys, monkeypatch, photos, *paths, "--out", tmp_path / "out", *options)
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("photo.gif", "photo.gif: no image, only .gif; expected files of type .bmp .jpeg .jpg"),
+        ("only", "only: no image, only .txt notes sub; expected"),
+        ("only/*", r"only/\*: no image, only .txt notes sub; expected"),
+        ("pipe.jpg", "pipe.jpg: no image, only pipe.jpg; expected"),
+        ("empty", "empty: no such image, or a folder without any; expected files of type"),
+        ("none.jpg", "none.jpg: no such image"),
+    ],
+)
+def test_what_is_not_an_image_is_named(name, message, tmp_path):
+    for folder in ("empty", "only", "only/sub"):
+        (tmp_path / folder).mkdir()
+    for file in ("photo.gif", "only/a.txt", "only/notes", "only/.hidden.jpg"):
+        (tmp_path / file).write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(FileNotFoundError, match=message):
+        predict.find_images([tmp_path / name])
+
+
+def test_images_are_found_once_and_pipes_are_skipped(tmp_path):
+    folder = tmp_path / "with [brackets]"
+    folder.mkdir()
+    for file in ("b.PNG", "a[1].jpg", "notes.txt", ".hidden.png"):
+        (folder / file).write_bytes(b"")
+    os.mkfifo(folder / "pipe.jpg")
+    found = [folder / "a[1].jpg", folder / "b.PNG"]
+    assert predict.find_images([folder]) == found
+    assert predict.find_images([folder / "a[1].jpg", folder, folder / "b.PNG"]) == found
+    assert predict.find_images([f"{tmp_path}/with*/*"]) == found
+    assert predict.find_images([folder / ".hidden.png"]) == [folder / ".hidden.png"]
+
+
+ERRORS = [
+    (ValueError("two\nlines"), "a\\nb.png: two\\nlines"),
+    (OSError(28, "No space left on device"), "a\\nb.png: [Errno 28] No space left on device"),
+    (MemoryError(), "a\\nb.png: MemoryError"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "a\\nb.png: OutOfMemoryError: CUDA out of memory.;"),
+    (ZeroDivisionError("x"), "a\\nb.png: ZeroDivisionError: x;"),
+]
+
+
+@pytest.mark.parametrize("error, line", ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
+def test_whatever_one_image_raises_the_others_are_done(error, line, capsys):
+    done = []
+
+    def work(path):
+        if path.name != "good.png":
+            raise error
+        done.append(path)
+
+    assert predict.for_each_image([Path("a\nb.png"), Path("good.png")], work) == 1 and done == [Path("good.png")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"error: {line}")
+
+
+def test_an_interruption_ends_the_run():
+    def work(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict.for_each_image([Path("a.png"), Path("b.png")], work)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"before")
+    message = "a.png: not written, is the disk full.*No space"
+    with pytest.raises(OSError, match=message), predict.replacing([tmp_path / "a.png"]) as (part,):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("short_side", [0, -5, 9000, float("nan")])
+def test_short_side_has_a_range(short_side, checkpoint):
+    with pytest.raises(ValueError, match="short_side is .*, it must be from 32 to 8192"):
+        Predictor(checkpoint, short_side=short_side)
