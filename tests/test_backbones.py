@@ -214,6 +214,7 @@ def mynets(tmp_path, monkeypatch):
     sys.modules.pop("mynets", None)
 
 
+@pytest.mark.slow
 def test_backbone_of_ones_own_by_option(mynets, monkeypatch, tmp_path, capsys):
     """The README's third-party network by train.py, eval.py and Python; a checkpoint alone never imports its code."""
     folders, path = make_folders(tmp_path / "set", 2), tmp_path / "run" / "best.pt"

@@ -50,13 +50,15 @@ BAD = [
     ("train", "--short-side 0", "short_side is 0, it must be from 32"),
     ("train", "--short-side 100000", "short_side is 100000, it must be from 32 to 8192"),
     ("train", "--ignore-index 70000", "ignore_index is 70000, it must be from"),
-    ("train", "--set gamma=nan", "gamma is"),
-    ("train", "--set gamma=x", "gamma"),
-    ("train", "--set tau=0", "tau is 0"),
+    ("train", "--set gamma=NaN", "gamma is nan, it must be from -1000"),
+    ("train", "--set gamma=x", "gamma is 'x', expected float | None"),
+    ("train", "--set tau=0", "tau is 0, it must be from 0.0001"),
     ("train", "--set crop_size=1000000000", "crop_size is 1000000000, it must be from 32 to 8192"),
     ("train", "--set num_contexts=0", "num_contexts is 0, it must be from 1 to 64"),
     ("train", "--set learn_gamma=3", "learn_gamma"),
     ("train", "--set nosuch=1", "no setting named 'nosuch'"),
+    ("train", "--set backbone=swin_t", "no setting named 'backbone'"),
+    ("train", "--prompting none --set gamma=1", "gamma=1 would have no effect: it needs post-model prompting"),
     ("train", "--set drop_path=0.5", "drop_path=0.5 would have no effect"),
     ("eval", "--checkpoint {best} --short-side 0 --device cpu", "short_side is 0, it must be from 32"),
     ("eval", "--checkpoint {best} --workers -1 --device cpu", "workers is -1, it must be from 0"),
@@ -75,6 +77,8 @@ BAD = [
     ("train", "--train {new} {masks}", "no such folder"),
     # classes
     ("train", "--classes {new}", "no such class list"),
+    ("train", "--classes cityskapes", "cityskapes: no such class list; give names such as"),
+    ("train", "--classes a,b,c", ".png: value 3 is not a class; the classes are 0 to 2"),
     ("train", "--classes {empty}", "the class list is empty"),
     ("train", "--classes sky,sky,tree,car", "'sky' occurs more than once"),
     ("train", "--classes sky,SKY,tree,car", "'SKY' is empty, a special token or the same as another name"),
@@ -280,6 +284,12 @@ HOSTILE = {
     "a tensor beside it": lambda path, payload: torch.save({"x": torch.zeros(2), "meta": [payload]}, path),
     "a NumPy array": lambda path, payload: np.save(open(path, "wb"), np.array([payload]), allow_pickle=True),
 }
+
+
+def slow_but(name, quick):
+    return () if name == quick else pytest.mark.slow
+
+
 READERS = [
     ("eval", "--checkpoint FILE --device cpu"),
     ("predict", "{photo} --checkpoint FILE"),
@@ -294,7 +304,7 @@ READERS = [
 ]
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=slow_but(kind, "torch.save")) for kind in HOSTILE])
 @pytest.mark.parametrize("script, options", READERS, ids=[" ".join(reader) for reader in READERS])
 def test_no_code_in_a_file_is_run(script, options, kind, files, tmp_path, monkeypatch, capsys):
     HOSTILE[kind](tmp_path / "hostile.pt", Payload(tmp_path / "touched"))

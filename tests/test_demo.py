@@ -42,6 +42,7 @@ def test_demo_runs_and_leaves_pictures(tmp_path, monkeypatch, capsys):
     assert Predictor(out / "best.pt").colors == list(demo.CLASSES.values())
 
 
+@pytest.mark.slow
 def test_the_best_sheets_come_first(tmp_path, monkeypatch):
     demo.draw_dataset(tmp_path / "data", train=1, val=12)
     folders = find_split(tmp_path / "data", "val")

@@ -236,6 +236,7 @@ def test_contexts_from_the_image_cannot_be_frozen():
         build_model("tiny", NAMES, prompting="pre").freeze_text()
 
 
+@pytest.mark.slow
 def test_frozen_text_needs_no_tokenizer(tmp_path):
     """Neither tokenizer.py nor its vocabulary nor ftfy and regex."""
     model, images = build_model("tiny", NAMES).eval().freeze_text(), torch.zeros(1, 3, 64, 64)
@@ -339,7 +340,11 @@ def test_unreadable_checkpoints_are_named(tmp_path):
     [
         pytest.param(["clip_model.py"], "import clip_model", marks=pytest.mark.slow),
         pytest.param(["heads.py"], "import heads", marks=pytest.mark.slow),
-        (["tokenizer.py"], "import tokenizer; assert tokenizer.tokenize('a cat').shape == (1, 77)"),
+        pytest.param(
+            ["tokenizer.py"],
+            "import tokenizer; assert tokenizer.tokenize('a cat').shape == (1, 77)",
+            marks=pytest.mark.slow,
+        ),
         (
             ["denseclip.py", "clip_model.py", "tokenizer.py", "heads.py"],
             "import denseclip; denseclip.build_model('tiny', ['cat', 'dog'])",

@@ -13,7 +13,6 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import coco
-import denseclip
 import detect
 import train as training
 from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, to_results
@@ -147,12 +146,10 @@ def test_a_detectors_iterations_are_twelve_epochs(root, tmp_path, monkeypatch):
 
 def test_what_is_wrong_is_said_in_one_line(root, tmp_path, monkeypatch, capsys):
     images, annotations = root / "images" / "train", root / "annotations" / "instances_train.json"
-    save_checkpoint(tmp_path / "segmentation.pt", denseclip.build_model("tiny", ["cat", "dog"]))
     for options, words in [
         (["train", "--model", "retinanet_tiny", "--data", root, "--set", "head=upernet"], ["head", "no effect"]),
         (["train", "--train", images, annotations], ["--val"]),
         (["train", "--data", tmp_path], [str(tmp_path), "annotations/instances_train2017.json"]),
-        (["eval", "--checkpoint", tmp_path / "segmentation.pt"], ["segmentation.pt", "no detector named 'tiny'"]),
     ]:
         end = ["--out", tmp_path / "out"] if options[0] == "train" else []
         error = error_line(detect, capsys, monkeypatch, *options, "--device", "cpu", *end)
@@ -462,8 +459,6 @@ def test_wrong_paths_and_options_of_predict_are_named(retinanet, monkeypatch, ca
         ([photos, other, *end], ["out/0.png is where two pictures would go"]),
         ([photos, *end[:-1], photos], [f"{photos / '0.png'} is where two pictures would go, or an image is"]),
         ([photos, *end, "--threshold", 50], ["threshold is 50.0", "from 0 to 1"]),
-        ([photos, *end, "--threshold", "nan"], ["threshold is nan"]),
-        ([photos, *end, "--short-side", 0], ["short_side is 0"]),
         ([photos, *end[:-1], photos / "0.png"], ["0.png: not a folder that can be written"]),
         ([photos, *end, "--checkpoint", tmp_path / "none.pt"], ["none.pt"]),
     ]:

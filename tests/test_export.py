@@ -128,7 +128,12 @@ class Branching(nn.Module):
         ({"prompting": "pre"}, "model.onnx", r"pre-model prompting needs the text encoder: .* Eq. \(4\)"),
         ({"head": "upernet"}, "model.onnx", r"model.onnx: UperNet's pooling to .*; use .pt2"),
         ({"backbone": "swin_t", "head": "fpn"}, "model.pt2", "model.pt2: Swin's windows shift"),
-        ({"backbone": Branching()}, "model.pt2", "model.pt2: PyTorch .* cannot export this model: "),
+        pytest.param(
+            {"backbone": Branching()},
+            "model.pt2",
+            "model.pt2: PyTorch .* cannot export this model: ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_refused(settings, file, message, tmp_path):

@@ -95,6 +95,7 @@ def test_pre_model_decoder_has_the_published_size():
     assert actual.parameters + actual.text_parameters - unused_positions == pytest.approx(116.9, abs=0.05)
 
 
+@pytest.mark.slow
 def test_upernet_with_swin_has_the_size_that_swins_authors_report():
     for settings, parameters, multiply_adds in ((SWIN_T, 60, 945), (SWIN_S, 81, 1038)):
         actual = cost(**settings | PLAIN)
@@ -147,6 +148,7 @@ def test_the_flop_counter_counts_the_backward_on_meta():
             assert counter.get_total_flops() == 2 * 3 * products  # 2 FLOP each; forward, and gradients of both factors
 
 
+@pytest.mark.slow
 def test_training_costs_what_its_parts_cost():
     model = build({"name": "rn50"})
     costs = {batch_size: training_cost(model, batch_size) for batch_size in (2, 32)}

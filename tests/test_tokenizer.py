@@ -90,6 +90,7 @@ for data in (None, whole[:1000], whole):
 """
 
 
+@pytest.mark.slow
 def test_works_alone_and_reports_a_missing_or_broken_vocabulary(tmp_path):
     shutil.copy(tokenizer.__file__, tmp_path)
     command = [sys.executable, "-c", ALONE, str(tokenizer.VOCABULARY)]
