@@ -464,11 +464,13 @@ def describe(error: Exception) -> str:
     """An error as one line: what happened and the way out."""
     # an error in a loader's worker arrives as a whole traceback, which ends with "Type: message"
     message = (str(error).strip() or repr(error)).rpartition(f"\n{type(error).__name__}: ")[2]
-    if isinstance(error, ValueError | OSError):  # a user's mistake
+    if isinstance(error, ValueError | OSError) and not isinstance(error, ConnectionError):  # a user's mistake
         return "\\n".join(message.splitlines())  # a file's name may have several lines
     message = f"{type(error).__name__}: {message.partition(chr(10))[0]:.200}"
+    killed = "perhaps memory was short: use fewer --workers; --resume continues training"
     ways_out = {  # by a part of the message
-        "DataLoader worker": "perhaps memory was short: use fewer --workers; --resume continues training",
+        "DataLoader worker": killed,
+        "ConnectionResetError": killed,  # the same, noticed while a sample was read from its pipe
         "emory": "a smaller --batch-size, --accumulate, --recompute and smaller images need less",
         "peer": "another process ended first, and its message says why",
         "": "please report this, with what is printed if DENSECLIP_DEBUG=1 is set",

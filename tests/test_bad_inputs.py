@@ -351,6 +351,10 @@ def load_all():
     list(torch.utils.data.DataLoader(DiesAtTwo(), num_workers=1))
 
 
+def lose_connection():
+    raise ConnectionResetError(104, "Connection reset by peer")  # from the pipe of a worker that was killed
+
+
 def fail():
     raise KeyError("an error\nof ours")
 
@@ -363,6 +367,7 @@ def take_too_much():
     "main, expected",
     [
         (load_all, "fewer --workers; --resume continues training"),
+        (lose_connection, "fewer --workers; --resume continues training"),
         (take_too_much, "a smaller --batch-size"),
         (fail, "error: KeyError: 'an error\\nof ours'; please report this, with what is printed if DENSECLIP_DEBUG=1"),
     ],
