@@ -5,8 +5,7 @@ pool, randomly initialized, to the last of them, so that the frozen text encoder
 
     backbone = AttentionPoolBackbone(SwinPyramid("swin_t", "IMAGENET1K_V1"), embed_dim=1024)
 
-This file needs torch, torchvision and clip_model.py.
-"""
+This file needs torch, torchvision and clip_model.py."""
 
 import importlib
 from functools import partial
@@ -16,31 +15,26 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
 import clip_model
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
 
 class AttentionPoolBackbone(nn.Module):
     """Any module, images (B, 3, H, W) -> four maps (B, C_i, H_i, W_i), with an attention pool on its last map.
-
     embed_dim:          C of the text encoder, 1024 for CLIP's RN50 and 512 for ViT-B/16; 0: no pool, for the baselines
     input_resolution:   pixels per side for which the pool's positions are initialized; they are resized for other sizes
     imagenet_normalize: the module expects images with ImageNet's mean and std; False: with CLIP's
-    The module is tried on an image of this size: a ValueError says what does not fit.
-    """
+    The module is tried on an image of this size: a ValueError says what does not fit."""
 
     score_level = 3  # index of the map with the size of visual_embeddings
 
     def __init__(self, module: nn.Module, embed_dim: int, input_resolution: int = 512, imagenet_normalize: bool = True):
         super().__init__()
         self.module, self.embed_dim = module, embed_dim
-        # from CLIP's normalization to the module's
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet_normalize else (clip_model.MEAN, clip_model.STD)
-        mean, std = torch.tensor([clip_model.MEAN, mean]), torch.tensor([clip_model.STD, std])  # (2, 3)
+        mean, std = torch.tensor([clip_model.MEAN, mean]), torch.tensor([clip_model.STD, std])  # (2, 3), CLIP's first
         self.register_buffer("scale", (std[0] / std[1]).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", ((mean[0] - mean[1]) / std[1]).view(3, 1, 1), persistent=False)
         shapes = self.try_module(input_resolution)
@@ -51,10 +45,8 @@ class AttentionPoolBackbone(nn.Module):
             self.attnpool = clip_model.AttentionPool2d(grid, width, heads, embed_dim)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """images: (B, 3, H, W), normalized with CLIP's mean and std
-
-        return: the four maps, z_bar (B, C), z (B, C, H_4, W_4); the latter two are None without a pool
-        """
+        """Images (B, 3, H, W), normalized with CLIP's mean and std -> the four maps, z_bar (B, C), z (B, C, H_4, W_4);
+        the latter two are None without a pool."""
         pyramid = self.pyramid(images)  # four maps (B, C_i, H_i, W_i)
         return pyramid, *(self.attnpool(pyramid[-1]) if self.attnpool else (None, None))
 
@@ -80,34 +72,27 @@ class AttentionPoolBackbone(nn.Module):
         return shapes
 
 
-class FourScales:
-    """Resamples a ViT's four maps to strides P/4, P/2, P and 2P, for patches of P pixels."""
-
-    def make_scales(self, width: int) -> None:
-        up = partial(nn.ConvTranspose2d, width, width, 2, stride=2)
-        self.fpn1 = nn.Sequential(nn.GroupNorm(1, width), up(), nn.BatchNorm2d(width), nn.GELU(), up())
-        self.fpn2 = nn.Sequential(nn.GroupNorm(1, width), up())
-        self.fpn3 = nn.GroupNorm(1, width)
-        self.fpn4 = nn.Sequential(nn.GroupNorm(1, width), nn.MaxPool2d(2))
-
-    def rescale(self, maps: list[Tensor]) -> list[Tensor]:
-        """Four maps (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h / 2, w / 2)."""
-        return [scale(x) for scale, x in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), maps, strict=True)]
+def four_scales(width: int) -> tuple[nn.Module, ...]:
+    """For a ViT's four maps (B, D, h, w), what resamples them to 4h x 4w, 2h x 2w, h x w and h/2 x w/2."""
+    up, norm = partial(nn.ConvTranspose2d, width, width, 2, stride=2), partial(nn.GroupNorm, 1, width)
+    finest = nn.Sequential(norm(), up(), nn.BatchNorm2d(width), nn.GELU(), up())
+    return finest, nn.Sequential(norm(), up()), norm(), nn.Sequential(norm(), nn.MaxPool2d(2))
 
 
-class PyramidViT(clip_model.VisionTransformer, FourScales):
-    """CLIP's ViT with its four maps resampled."""
+class PyramidViT(clip_model.VisionTransformer):
+    """CLIP's ViT with its four maps resampled to strides P/4, P/2, P and 2P, for patches of P pixels."""
 
     def __init__(self, a: clip_model.Architecture, *others):  # as VisionTransformer's
         super().__init__(a, *others)
-        self.make_scales(a.width)
+        self.fpn1, self.fpn2, self.fpn3, self.fpn4 = four_scales(a.width)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         maps, global_embedding, visual_embeddings = super().forward(images)  # four (B, D, h, w), (B, C), (B, C, h, w)
-        return self.rescale(maps), global_embedding, visual_embeddings
+        pyramid = [self.fpn1(maps[0]), self.fpn2(maps[1]), self.fpn3(maps[2]), self.fpn4(maps[3])]  # 4h x 4w, ...
+        return pyramid, global_embedding, visual_embeddings
 
 
-class ViTPyramid(nn.Module, FourScales):
+class ViTPyramid(nn.Module):
     """torchvision's ViT without its classifier: outputs of blocks 3, 5, 7 and 11 (from 0), resampled like CLIP's."""
 
     def __init__(self, name: str, weights: str | None = None):
@@ -115,18 +100,18 @@ class ViTPyramid(nn.Module, FourScales):
         net = load_torchvision(name, weights)
         self.conv_proj, self.class_token = net.conv_proj, net.class_token
         self.pos_embedding, self.layers = net.encoder.pos_embedding, net.encoder.layers
-        self.make_scales(net.hidden_dim)
+        self.fpn1, self.fpn2, self.fpn3, self.fpn4 = four_scales(net.hidden_dim)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x, maps = self.conv_proj(images), []  # (B, D, h, w)
-        size, class_token = tuple(x.shape[-2:]), self.class_token.expand(len(x), -1, -1)  # (B, 1, D)
+        size, class_token = tuple(x.shape[-2:]), self.class_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
         x = torch.cat([class_token, x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + hw, D)
         x = x + clip_model.resize_positions(self.pos_embedding[0], size)  # (B, 1 + hw, D)
         for i, layer in enumerate(self.layers):
             x = layer(x)  # (B, 1 + hw, D)
             if i in (3, 5, 7, 11):
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, size))  # (B, D, h, w)
-        return self.rescale(maps)
+        return [self.fpn1(maps[0]), self.fpn2(maps[1]), self.fpn3(maps[2]), self.fpn4(maps[3])]  # (B, D, 4h, 4w), ...
 
 
 class ResNetPyramid(nn.Module):
@@ -146,16 +131,14 @@ class ResNetPyramid(nn.Module):
 
 
 class SwinPyramid(nn.Module):
-    """torchvision's Swin without its classifier: four maps at strides 4, 8, 16, 32, each with a new LayerNorm.
-
-    These norms and the padding of images to full patches follow mmsegmentation's Swin. drop_path grows linearly with
-    depth; Swin's authors use 0.3 for UperNet on Swin-T and Swin-S.
-    """
+    """torchvision's Swin without its classifier: four maps at strides 4, 8, 16, 32, each with a new LayerNorm. These
+    norms and the padding of images to full patches follow mmsegmentation's Swin. drop_path grows linearly with depth;
+    Swin's authors use 0.3 for UperNet on Swin-T and Swin-S."""
 
     def __init__(self, name: str, weights: str | None = None, drop_path: float = 0.3):
         super().__init__()
         features = load_torchvision(name, weights).features
-        paths = [module for module in features.modules() if isinstance(module, StochasticDepth)]
+        paths = [module for module in features.modules() if isinstance(module, torchvision.ops.StochasticDepth)]
         for i, path in enumerate(paths):
             path.p = drop_path * i / (len(paths) - 1)
         # Each stage starts with the layer that sets its size: the patch embedding, or a patch merging.
@@ -163,8 +146,7 @@ class SwinPyramid(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in (96, 192, 384, 768))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))  # (B, 3, 4 H_1, 4 W_1)
-        pyramid = []
+        x, pyramid = F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4)), []  # (B, 3, 4 H_1, 4 W_1)
         for stage, norm in zip(self.stages, self.norms, strict=True):
             x = stage(x)  # (B, H_i, W_i, C_i)
             pyramid.append(norm(x).permute(0, 3, 1, 2).contiguous())  # (B, C_i, H_i, W_i)
@@ -192,12 +174,10 @@ def build_backbone(name: str, weights: str | None = None, drop_path: float | Non
 
 def load_torchvision(name: str, weights: str | None = None) -> nn.Module:
     """torchvision's network of this name without its classifier: ResNet's fc, Swin's norm and head, ViT's heads.
-
     weights: "IMAGENET1K_V1" (used in most papers), "DEFAULT" (torchvision's best) or another of torchvision's names,
              downloaded once; or the path of a state dict with torchvision's parameter names, alone or as in the files
              of MoCo, DenseCL and others, under "state_dict" or "model" and "module.", "encoder_q." or "backbone.";
-             None: random
-    """
+             None: random"""
     named = torchvision.models.get_model_weights(name).__members__
     if weights and weights not in named and not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such file; weights of {name} are a path or one of {', '.join(named)}")
@@ -214,10 +194,9 @@ def load_torchvision(name: str, weights: str | None = None) -> nn.Module:
     for part in classifier:
         setattr(net, part, nn.Identity())
     if weights and weights not in named:
-        state_dict = clip_model.read_weights(weights)
+        state = clip_model.read_weights(weights)
         for prefix in ("module.", "encoder_q.", "backbone."):
-            inside = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-            state_dict = inside or state_dict
-        state_dict = {k: v for k, v in state_dict.items() if k.split(".")[0] not in classifier}
-        clip_model.load_weights(net, state_dict, weights)
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
+        state = {k: v for k, v in state.items() if k.split(".")[0] not in classifier}
+        clip_model.load_weights(net, state, weights)
     return net

@@ -9,20 +9,18 @@ Both image encoders return what a dense task needs instead of one vector per ima
 
 Parameter names are OpenAI's, so their files load without a key map. This file needs only torch and tqdm.
 
-    clip = load_clip("RN50")  # or the path of a weights file
-    clip.encode_image(images), clip.encode_text(tokens)
+    clip = load_clip("RN50")  # or a file; then clip.encode_image(images), clip.encode_text(tokens)
 """
 
 import contextlib
 import hashlib
-import http.client
 import math
 import os
 import pickle
 import urllib.request
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +70,6 @@ FILES = {  # on the server: sha256 of the file / its name
 }
 
 
-# ------------------------------------------------------------------------------------------------ shared parts
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Multi-head attention. q: (B, N, D); k, v: (B, M, D); mask: (N, M), as for a block; return: (B, N, D)."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, D / heads)
@@ -91,15 +86,11 @@ def resize_positions(positions: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate the positional embeddings of a square grid to another grid size.
 
     positions: (1 + G * G, D), the first row for the class token or the mean; size: (H, W)
-    return:    (1 + H * W, D), bilinear, the first row unchanged; at the grid's own size, the same numbers
-    """
+    return:    (1 + H * W, D), bilinear, the first row unchanged; at the grid's own size, the same numbers"""
     grid = math.isqrt(len(positions) - 1)
     square = positions[1:].T.reshape(1, -1, grid, grid)  # (1, D, G, G)
     square = F.interpolate(square, size=size, mode="bilinear", align_corners=False)  # (1, D, H, W)
     return torch.cat([positions[:1], square[0].flatten(1).T])  # (1 + HW, D)
-
-
-# ------------------------------------------------------------------------------------------------ ResNet
 
 
 class Bottleneck(nn.Module):
@@ -107,24 +98,21 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(channels, channels * 4, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels * 4)
+        self.conv3, self.bn3 = nn.Conv2d(channels, channels * 4, 1, bias=False), nn.BatchNorm2d(channels * 4)
         self.downsample = nn.Identity()
-        if stride > 1 or in_channels != channels * 4:
-            shortcut = {"-1": nn.AvgPool2d(stride), "0": nn.Conv2d(in_channels, channels * 4, 1, bias=False)}
-            self.downsample = nn.Sequential(OrderedDict(shortcut, **{"1": nn.BatchNorm2d(channels * 4)}))
+        if in_channels != channels * 4:
+            shortcut = nn.Conv2d(in_channels, channels * 4, 1, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels * 4))
         nn.init.zeros_(self.bn3.weight)  # when trained from scratch, every block starts as its shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))  # (B, D, H, W), D the channels
         y = F.relu(self.bn2(self.conv2(y)))  # (B, D, H, W)
         y = self.bn3(self.conv3(self.avgpool(y)))  # (B, 4D, H / stride, W / stride)
-        return F.relu(y + self.downsample(x))  # (B, 4D, H / stride, W / stride)
+        return F.relu(y + self.downsample(self.avgpool(x)))  # (B, 4D, H / stride, W / stride)
 
 
 class AttentionPool2d(nn.Module):
@@ -132,8 +120,7 @@ class AttentionPool2d(nn.Module):
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int, crop_positions: bool = False):
         super().__init__()
-        self.heads = heads
-        self.crop_positions = crop_positions  # whether maps smaller than the grid get its corner, not a resized grid
+        self.heads, self.crop_positions = heads, crop_positions  # small maps get the grid's corner, not a resized grid
         self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, width) * width**-0.5)
         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
@@ -162,46 +149,33 @@ class ResNet(nn.Module):
 
     def __init__(self, a: Architecture, crop_positions: bool = False):
         super().__init__()
-        width, layers = a.width, a.layers
+        width = a.width
         self.channels = [width * 4, width * 8, width * 16, width * 32]  # of the pyramid's four maps
         self.score_level = 3  # index of the map with the size of visual_embeddings
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
-        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        self.layer1 = self._stage(width, width, layers[0], stride=1)
-        self.layer2 = self._stage(width * 4, width * 2, layers[1], stride=2)
-        self.layer3 = self._stage(width * 8, width * 4, layers[2], stride=2)
-        self.layer4 = self._stage(width * 16, width * 8, layers[3], stride=2)
+        self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        in_channels = width
+        for i, (channels, blocks) in enumerate(zip(self.channels, a.layers, strict=True)):
+            first = Bottleneck(in_channels, channels // 4, stride=2 if i else 1)
+            rest = (Bottleneck(channels, channels // 4, stride=1) for _ in range(blocks - 1))
+            self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
+            in_channels = channels
         self.attnpool = None
         if a.embed_dim:
             grid, heads = a.input_resolution // 32, width * 32 // 64
             self.attnpool = AttentionPool2d(grid, width * 32, heads, a.embed_dim, crop_positions)
 
-    @staticmethod
-    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = Bottleneck(in_channels, channels, stride)
-        return nn.Sequential(first, *(Bottleneck(channels * 4, channels, 1) for _ in range(blocks - 1)))
-
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """images: (B, 3, H, W); return: the pyramid at strides 4, 8, 16, 32, z_bar (B, C), z (B, C, H/32, W/32).
-
-        With embed_dim 0, for baselines without language, z_bar and z are None.
-        """
+        With embed_dim 0, for baselines without language, z_bar and z are None."""
         x = F.relu(self.bn1(self.conv1(images)))  # (B, D/2, H/2, W/2), D the width
         x = F.relu(self.bn2(self.conv2(x)))  # (B, D/2, H/2, W/2)
         x = F.relu(self.bn3(self.conv3(x)))  # (B, D, H/2, W/2)
         x = F.avg_pool2d(x, 2)  # (B, D, H/4, W/4)
-        pyramid = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)  # (B, 4D, H/4, W/4), (B, 8D, H/8, W/8), (B, 16D, H/16, W/16), (B, 32D, H/32, W/32)
-            pyramid.append(x)
+        # (B, 4D, H/4, W/4), (B, 8D, H/8, W/8), (B, 16D, H/16, W/16), (B, 32D, H/32, W/32)
+        pyramid = [x := stage(x) for stage in (self.layer1, self.layer2, self.layer3, self.layer4)]
         return pyramid, *(self.attnpool(x) if self.attnpool else (None, None))  # ..., (B, C), (B, C, H/32, W/32)
-
-
-# ------------------------------------------------------------------------------------------------ transformers
 
 
 class QuickGELU(nn.Module):
@@ -254,11 +228,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """x: (B, N, D); mask: (N, N), as for a block; return: the output of every block, (B, N, D)."""
-        outputs = []
-        for block in self.resblocks:
-            x = block(x, mask)  # (B, N, D)
-            outputs.append(x)
-        return outputs
+        return [x := block(x, mask) for block in self.resblocks]  # one (B, N, D) per block
 
 
 class VisionTransformer(nn.Module):
@@ -267,9 +237,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, a: Architecture, quick_gelu: bool, drop_path: float = 0.0, double_class_embedding: bool = False):
         super().__init__()
         width, layers = a.width, a.layers
-        self.channels = [width] * 4
-        self.score_level = 2
-        self.double_class_embedding = double_class_embedding
+        self.channels, self.score_level, self.double_class_embedding = [width] * 4, 2, double_class_embedding
         self.blocks = [layers // 3 - 1, layers // 2 - 1, 2 * layers // 3 - 1, layers - 1]  # 3, 5, 7, 11 of 12
         self.conv1 = nn.Conv2d(3, width, a.patch_size, stride=a.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
@@ -283,10 +251,8 @@ class VisionTransformer(nn.Module):
             self.proj = nn.Parameter(torch.randn(width, a.embed_dim) * width**-0.5)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """images: (B, 3, H, W); return: four maps (B, D, h, w), z_bar (B, C), z (B, C, h, w).
-
-        (h, w) = (H, W) // patch size: pixels beyond the last full patch are ignored. With embed_dim 0, no z_bar and z.
-        """
+        """images: (B, 3, H, W); return: four maps (B, D, h, w), z_bar (B, C), z (B, C, h, w), where (h, w) = (H, W) //
+        patch size: pixels beyond the last full patch are ignored. With embed_dim 0, z_bar and z are None."""
         x = self.conv1(images)  # (B, D, h, w)
         size = x.shape[-2:]
         # Released code of DenseCLIP: the class embedding is added to its token twice.
@@ -302,7 +268,7 @@ class VisionTransformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer, with optional learned contexts before the words."""
+    """CLIP's text transformer, and the same with contexts before the words, as DenseCLIP uses it."""
 
     def __init__(self, a: Architecture, quick_gelu: bool = True):
         super().__init__()
@@ -314,41 +280,26 @@ class TextEncoder(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(self.width, a.embed_dim) * self.width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor, contexts: Tensor | None = None) -> Tensor:
-        """Embeddings of texts: the output at the end-of-text token, projected into the shared space.
-
-        tokens:   (K, L) int64: start token, text, end-of-text token (the largest index), zeros
-        contexts: (B, N, D), inserted after the start token of every text: DenseCLIP's Eq. (3)
-        return:   (K, C), or (B, K, C) with contexts
-        """
-        x = self.token_embedding(tokens)  # (K, L, D)
-        end = tokens.argmax(dim=1)  # (K,)
-        if contexts is not None:
-            (num_images, num_contexts), num_texts = contexts.shape[:2], len(tokens)
-            x = x.expand(num_images, -1, -1, -1)  # (B, K, L, D)
-            p = contexts[:, None].expand(-1, num_texts, -1, -1)  # (B, K, N, D)
-            x = torch.cat([x[:, :, :1], p, x[:, :, 1:]], dim=2).flatten(0, 1)  # [SOT, p, e_k, EOT]: (BK, N + L, D)
-            end = (end + num_contexts).repeat(num_images)  # (BK,)
-        length = x.shape[1]  # N + L with contexts, else L
-        if length > self.context_length:
-            raise ValueError(f"text of {length} tokens, but the text encoder has {self.context_length} positions")
-        x = x + self.positional_embedding[:length].to(x.dtype)  # (BK, N + L, D), without contexts (K, L, D)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (K, L) int64: start token, text, end-of-text token (the largest index), zeros.
+        return: (K, C), the output at the end-of-text token, projected into the shared space."""
+        length = tokens.shape[1]  # L
+        x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (K, L, D)
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        x = self.transformer(x, causal)[-1]  # (BK, N + L, D)
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection  # at EOT: (BK, C)
-        return x if contexts is None else x.view(num_images, num_texts, -1)  # (B, K, C)
+        x = self.transformer(x, causal)[-1]  # (K, L, D)
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # at EOT: (K, D)
+        return self.ln_final(x) @ self.text_projection  # (K, C)
 
     def forward_shared(self, tokens: Tensor, contexts: Tensor) -> Tensor:
-        """The same as `forward` with contexts, for a third of the work where names have up to 3 tokens and contexts 8.
+        """Embeddings (B, K, C) of texts with contexts (B, N, D) after the start token, [SOT, p, e_k, EOT]: Eq. (3).
 
         The start token and the contexts come first and attention is causal, so they are the same in all texts: they
         appear once in a sequence, followed by several names: [SOT, p, e_1, EOT, e_2, EOT, ...]. The mask lets each name
-        attend to SOT, p and itself, and each name keeps the positions that it would have alone.
-        """
+        attend to SOT, p and itself, and each name keeps the positions that it would have alone. This is a third of the
+        work of one sequence per text where names have up to 3 tokens and contexts 8."""
         (num_images, num_contexts), (num_texts, length) = contexts.shape[:2], tokens.shape  # (B, N), (K, L)
-        if num_contexts + length > self.context_length:
-            reason = f"text of {num_contexts + length} tokens, but the text encoder has {self.context_length} positions"
-            raise ValueError(reason)
+        if (total := num_contexts + length) > self.context_length:
+            raise ValueError(f"text of {total} tokens, but the text encoder has {self.context_length} positions")
         first, rest = num_contexts + 1, length - 1  # tokens that are shared, and of each name
         rows = -(-num_texts // max(1, 128 // rest))  # R sequences per image; attention grows with their square
         size = -(-num_texts // rows)  # names per sequence; the last may have a few that are padding
@@ -362,13 +313,10 @@ class TextEncoder(nn.Module):
         name = index.div(rest, rounding_mode="floor").clamp(min=-1)  # (M,), -1: shared
         position = torch.where(index < 0, index, index % rest) + first  # (M,)
         sees = ((name[:, None] == name) | (name < 0)) & (position[:, None] >= position)  # (M, M)
-        x = x + self.positional_embedding[position].to(x.dtype)  # (BR, M, D)
+        x = x + self.positional_embedding[position]  # (BR, M, D)
         x = self.transformer(x, sees)[-1][:, first:].reshape(num_images, rows * size, rest, -1)  # (B, R size, L - 1, D)
         x = x[:, torch.arange(num_texts, device=x.device), tokens.argmax(dim=1) - 1]  # at EOT: (B, K, D)
         return self.ln_final(x) @ self.text_projection  # (B, K, C)
-
-
-# ------------------------------------------------------------------------------------------------ CLIP
 
 
 class CLIP(nn.Module):
@@ -397,14 +345,11 @@ class CLIP(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ weights
-
-
 def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = None) -> CLIP:
     """CLIP with pretrained weights, in float32 and evaluation mode; the architecture is read off the weights.
 
     name_or_path: a name in FILES, downloaded once; or a file, OpenAI's TorchScript archive or open_clip's state dict
-    quick_gelu:   False for weights trained with GELU, as most of open_clip's are; the file does not say
-    """
+    quick_gelu:   False for weights trained with GELU, as most of open_clip's are; the file does not say"""
     weights = read_weights(name_or_path, cache)
     architecture = read_architecture(weights, name_or_path)
     try:
@@ -412,8 +357,8 @@ def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = No
             model = CLIP(architecture, quick_gelu)
     except Exception as error:
         raise ValueError(f"{name_or_path}: no CLIP has these sizes: {architecture}") from error
-    names = {key: key if key.startswith(("visual.", "logit_scale")) else f"text.{key}" for key in weights}
-    load_weights(model, {names[key]: value for key, value in weights.items()}, name_or_path)
+    prefixes = {key: "" if key.startswith(("visual.", "logit_scale")) else "text." for key in weights}
+    load_weights(model, {prefixes[key] + key: value for key, value in weights.items()}, name_or_path)
     return model.to(memory_format=torch.channels_last).eval()
 
 
@@ -431,20 +376,15 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     module.load_state_dict(weights, assign=any(value.is_meta for value in expected.values()))
 
 
-def find_weights(name_or_path: str, cache: str | None = None) -> Path:
-    """The file of CLIP's weights, downloaded if it is a name in FILES."""
+def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tensor]:
+    """A state dict in float32, from a name in FILES or a file (see `load_clip`)."""
+    path = Path(name_or_path)
     if name_or_path in FILES:
         sha256, file = FILES[name_or_path].split("/")
         path = Path(cache or "~/.cache/clip").expanduser() / file  # the cache of OpenAI's own package
         download(f"{SERVER}/{sha256}/{file}", path, sha256)
-    elif not (path := Path(name_or_path)).is_file():
+    elif not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; CLIP's weights are a path or one of {', '.join(FILES)}")
-    return path
-
-
-def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tensor]:
-    """A state dict in float32, from a name in FILES or a file (see `load_clip`)."""
-    path = find_weights(name_or_path, cache)
     weights = read_tensors(path)
     for wrapping in ("state_dict", "model"):
         weights = weights.get(wrapping, weights) if isinstance(weights, dict) else {}
@@ -457,9 +397,7 @@ def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tenso
 
 def read_tensors(path: str | Path) -> object:
     """What torch.save wrote to a file, on the CPU, or a TorchScript archive's state dict.
-
-    A ValueError if the file is damaged or holds more than tensors and built-in types: no code in it is run.
-    """
+    A ValueError if the file is damaged or holds more than tensors and built-in types: no code in it is run."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -480,64 +418,58 @@ def read_tensors(path: str | Path) -> object:
 
 def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Architecture:
     """The architecture of CLIP's weights, from their names and shapes; parts that are missing read as 0."""
-
-    def size(key: str, axis: int = 0) -> int:
-        return ([*weights[key].shape, 0, 0, 0, 0] if key in weights else [0] * 4)[axis]
+    shapes = defaultdict(lambda: [0] * 4, {key: [*value.shape, 0, 0, 0, 0] for key, value in weights.items()})
 
     def blocks(prefix: str) -> int:
         return len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
 
     if "visual.class_embedding" in weights:
-        layers, embed_dim = blocks("visual.transformer.resblocks."), size("visual.proj", axis=1)
-        width, patch_size = size("visual.conv1.weight"), size("visual.conv1.weight", axis=3)
-        resolution = math.isqrt(max(0, size("visual.positional_embedding") - 1)) * patch_size
+        layers, embed_dim = blocks("visual.transformer.resblocks."), shapes["visual.proj"][1]
+        width, patch_size = shapes["visual.conv1.weight"][0], shapes["visual.conv1.weight"][3]
+        resolution = math.isqrt(max(0, shapes["visual.positional_embedding"][0] - 1)) * patch_size
     elif "visual.layer1.0.conv1.weight" in weights:
         layers = tuple(blocks(f"visual.layer{i}.") for i in (1, 2, 3, 4))
-        embed_dim = size("visual.attnpool.c_proj.weight")
-        width, patch_size = size("visual.layer1.0.conv1.weight"), 0
-        resolution = math.isqrt(max(0, size("visual.attnpool.positional_embedding") - 1)) * 32
+        embed_dim = shapes["visual.attnpool.c_proj.weight"][0]
+        width, patch_size = shapes["visual.layer1.0.conv1.weight"][0], 0
+        resolution = math.isqrt(max(0, shapes["visual.attnpool.positional_embedding"][0] - 1)) * 32
     else:
         raise ValueError(f"{source}: not CLIP's weights: no visual.class_embedding (ViT), no visual.layer1 (ResNet)")
-    text = (size("ln_final.weight"), blocks("transformer.resblocks."), size("positional_embedding"))
-    return Architecture(embed_dim, resolution, layers, width, patch_size, *text, size("token_embedding.weight"))
+    text = [shapes["ln_final.weight"][0], blocks("transformer.resblocks."), shapes["positional_embedding"][0]]
+    return Architecture(embed_dim, resolution, layers, width, patch_size, *text, shapes["token_embedding.weight"][0])
 
 
 def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> None:
     """Fetch a file once, with a progress bar; an interrupted transfer resumes where it stopped.
-
-    The file gets its final name only after its checksum has been verified. Of several processes, one downloads.
-    """
+    The file gets its final name only after its checksum has been verified. Of several processes, one downloads."""
     with one_at_a_time(path):
-        if path.exists():
-            if (digest := file_digest(path, algorithm)) != checksum:
-                raise ValueError(f"{path}: {algorithm} {digest}, expected {checksum}; remove the file and run again")
-            return
-        part = path.with_name(path.name + ".part")
-        start = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                start = start if response.status == 206 else 0  # 200: the server sends the whole file
-                total = start + int(response.headers.get("Content-Length", 0))
-                progress = tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=path.name)
-                with open(part, "ab" if start else "wb") as file, progress:
-                    while chunk := response.read(1 << 20):
-                        progress.update(file.write(chunk))
-            if part.stat().st_size < total:
-                raise OSError(f"ended at {part.stat().st_size} of {total} bytes")
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a length that is no number
-            if getattr(error, "code", None) != 416:  # 416: nothing left to send, the part is complete
-                how = f"run again to resume, or fetch it by hand and save it as {path}"
-                raise OSError(f"{url}: {error}; {how}") from None
-        if (digest := file_digest(part, algorithm)) != checksum:
-            part.unlink()
-            raise ValueError(f"{url}: {algorithm} {digest}, expected {checksum}; the file was removed, run again")
-        os.replace(part, path)
-
-
-def file_digest(path: Path, algorithm: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+        new = not path.exists()
+        file = path.with_name(path.name + ".part") if new else path
+        if new:
+            start = file.stat().st_size if file.exists() else 0
+            request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    start = start if response.status == 206 else 0  # 200: the server sends the whole file
+                    total = start + int(response.headers.get("Content-Length", 0))
+                    progress = tqdm(total=total or None, initial=start, unit="B", unit_scale=True, desc=path.name)
+                    with open(file, "ab" if start else "wb") as stream, progress:
+                        while chunk := response.read(1 << 20):
+                            progress.update(stream.write(chunk))
+                if file.stat().st_size < total:
+                    raise OSError(f"ended at {file.stat().st_size} of {total} bytes")
+            except Exception as error:  # http.client's errors, too, and a length that is no number
+                if getattr(error, "code", None) != 416:  # 416: nothing left to send, the part is complete
+                    how = f"run again to resume, or fetch it by hand and save it as {path}"
+                    raise OSError(f"{url}: {error}; {how}") from None
+        with open(file, "rb") as stream:
+            digest = hashlib.file_digest(stream, algorithm).hexdigest()
+        if digest != checksum:
+            if new:
+                file.unlink()
+            how = "the file was removed, run again" if new else "remove the file and run again"
+            raise ValueError(f"{url if new else path}: {algorithm} {digest}, expected {checksum}; {how}")
+        if new:
+            os.replace(file, path)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,7 @@
 
 A data set is a folder of images and a JSON file with "images", "annotations" and "categories". Class k of a model is
 the category of the same name; without a model, categories are sorted by id. Images are (3, H, W) float RGB in [0, 1]
-(the model normalizes and pads them), boxes are (x1, y1, x2, y2) in pixels, labels are int64 in [0, K).
-"""
+(the model normalizes and pads them), boxes are (x1, y1, x2, y2) in pixels, labels are int64 in [0, K)."""
 
 import contextlib
 import itertools
@@ -12,6 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import IterationSampler, open_image, read_image, resize_to_fit
-from eval import leave_group
+from eval import leave_group, this_process
 
 try:
     from pycocotools import mask as coco_mask
@@ -34,16 +33,11 @@ except ImportError:  # optional: CocoDetection raises the error
 
 # COCOeval's first six numbers, in its order: name in the metrics -> title in the table
 SUMMARY = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "APs", "ap_medium": "APm", "ap_large": "APl"}
-FIELDS = {  # what is read of every entry of the JSON file, and its types
-    "images": {"id": (int, str), "file_name": (str,)},
-    "annotations": {"image_id": (int, str), "category_id": (int, str), "bbox": (list,)},
-    "categories": {"id": (int, str), "name": (str,)},
-}
+FIELDS = {"images": {"id": (int, str), "file_name": (str,)}, "categories": {"id": (int, str), "name": (str,)}}
+FIELDS["annotations"] = {"image_id": (int, str), "category_id": (int, str), "bbox": (list,)}  # what is read, its types
 
 
 # ------------------------------------------------------------------------------------------------ reading
-
-
 def find_coco(root: str | Path, split: str) -> tuple[Path, Path]:
     """(image folder, annotation file) of a split, "train" or "val", in COCO's layout or the generic one."""
     for name, folder in itertools.product((f"{split}2017", split), ("", "images")):
@@ -92,64 +86,52 @@ def make_coco(images: list[dict], categories: list[dict], annotations: list[dict
     return coco
 
 
+@dataclass(eq=False)
 class CocoDetection(torch.utils.data.Dataset):
     """Images with boxes, and optionally masks, from a folder and an annotation file in COCO's format.
-
-    transform:   called with an image (3, H, W) uint8 and its target, for example DetectionTransform
-    class_names: the model's; they must be the file's categories, in any order. None: the file's, sorted by id
-    load_masks:  also read polygons and RLE masks: for targets in training, for mask AP in evaluation
-    train:       leave out crowd regions, boxes smaller than a pixel and images without boxes
-
     dataset[key] -> image (3, h, w) float in [0, 1]; target, a dictionary of boxes (N, 4), labels (N,), image_id,
     size (H, W) as stored and, in training, masks (N, h, w) uint8; path of the image. The key is an index, or
     (index, seed) as from AspectRatioSampler: then the transform's randomness depends on the seed alone.
-    `coco` is pycocotools' index of what is used; `repairs` counts by description what was left out or repaired.
-    """
+    `coco` is pycocotools' index of what is used; `repairs` counts by description what was left out or repaired."""
 
-    def __init__(
-        self,
-        image_dir: str | Path,
-        annotations: str | Path,
-        transform: Callable[[Tensor, dict], tuple[Tensor, dict]],
-        class_names: list[str] | None = None,
-        *,
-        load_masks: bool = False,
-        train: bool = False,
-    ):
+    image_dir: str | Path
+    annotations: str | Path
+    transform: Callable[[Tensor, dict], tuple[Tensor, dict]]  # of an image (3, H, W) uint8 and its target
+    class_names: list[str] | None = None  # the model's: the file's categories in any order; None: those, sorted by id
+    load_masks: bool = False  # also read polygons and RLE masks: for training's targets, for evaluation's mask AP
+    train: bool = False  # leave out crowd regions, boxes smaller than a pixel and images without boxes
+
+    def __post_init__(self):
         if COCO is None:
             raise ValueError("detection needs pycocotools, which is not installed: pip install pycocotools")
-        self.image_dir, self.annotations, self.transform = Path(image_dir), Path(annotations), transform
-        self.load_masks, self.train, self.repairs = load_masks, train, Counter()
-        content = read_annotations(annotations)
-
+        self.image_dir, self.annotations, self.repairs = Path(self.image_dir), Path(self.annotations), Counter()
+        content = read_annotations(self.annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         ids = {category["name"]: category["id"] for category in categories}
-        self.class_names = list(class_names or ids)
+        self.class_names = list(self.class_names or ids)
         extra, missing = sorted(set(ids) - set(self.class_names)), sorted(set(self.class_names) - set(ids))
         if extra or missing:
-            raise ValueError(f"{annotations}: classes are not the model's: missing {missing[:5]}, extra {extra[:5]}")
+            raise ValueError(f"{self.annotations}: not the model's classes: missing {missing[:5]}, extra {extra[:5]}")
         self.category_ids = [ids[name] for name in self.class_names]  # of class k
-
         self.images = content["images"]
         names = [Path(image["file_name"]) for image in self.images]
-        absent = [n for n in names if n.is_absolute() or ".." in n.parts or not os.path.isfile(self.image_dir / n)]
-        if absent:
-            what = f"{len(absent)} of its {len(names)} images are not in {image_dir}, the first is {str(absent[0])!r}"
-            raise FileNotFoundError(f"{annotations}: {what}; give the file's own folder, or remove them from the file")
+        if absent := [n for n in names if n.is_absolute() or ".." in n.parts or not os.path.isfile(self.image_dir / n)]:
+            what = f"{len(absent)} of its {len(names)} images are not in {self.image_dir}"
+            how = f"the first is {str(absent[0])!r}; give the file's own folder, or remove them from the file"
+            raise FileNotFoundError(f"{self.annotations}: {what}, {how}")
         for image in self.images:
             if not all(type(image.get(side)) is int and 0 < image[side] < 2**16 for side in ("width", "height")):
                 image["width"], image["height"] = open_image(self.image_dir / image["file_name"]).size
                 self.repairs["missing or impossible image sizes read from the images"] += 1
         boxes = self.repair(content["annotations"])
-        if train:
+        if self.train:
             not_empty = {box["image_id"] for box in boxes}
             self.images = [image for image in self.images if image["id"] in not_empty]
             self.repairs["images without boxes left out of training"] = len(content["images"]) - len(self.images)
         self.coco = make_coco(self.images, categories, boxes)
         if all(box["iscrowd"] for box in boxes):
-            why = "crowd regions do not count"
-            if self.repairs["boxes without a mask left out of training"]:
-                why = "no annotation has a mask: Mask R-CNN trains on polygons or RLE, RetinaNet needs none"
+            no_mask = "no annotation has a mask: Mask R-CNN trains on polygons or RLE, RetinaNet needs none"
+            why = no_mask if self.repairs["boxes without a mask left out of training"] else "crowd regions do not count"
             raise ValueError(f"nothing to train on or to score ({why}) in {self.summary()}")
 
     def repair(self, annotations: list[dict]) -> list[dict]:
@@ -233,15 +215,12 @@ class CocoDetection(torch.utils.data.Dataset):
 
 def are_numbers(values: list, limit: float) -> bool:
     """Whether all are numbers from -limit to limit; bools and nan are none."""
-    numbers = set(map(type, values)) <= {int, float} and -limit <= min(values) and max(values) <= limit
-    return numbers and not math.isnan(sum(values))
+    return set(map(type, values)) <= {int, float} and all(-limit <= value <= limit for value in values)
 
 
 def read_segmentation(segmentation: object, size: list[int], where: str) -> list | dict | None:
-    """An RLE, or the polygons that have three corners or more; None if nothing is left.
-
-    size: [height, width] of the image; a ValueError that begins with `where` for what pycocotools would misread
-    """
+    """An RLE, or the polygons that have three corners or more; None if nothing is left. size: [height, width] of the
+    image; a ValueError that begins with `where` for what pycocotools would misread."""
     if isinstance(segmentation, dict) and (counts := segmentation.get("counts")):
         if segmentation.get("size") != size:
             raise ValueError(f"{where} has an RLE mask of size {segmentation.get('size')!r:.80}, not {size}")
@@ -259,10 +238,8 @@ def read_segmentation(segmentation: object, size: list[int], where: str) -> list
 
 def decompress(text: str) -> list[int]:
     """The runs of an RLE that pycocotools compressed; of other text, none or wrong ones.
-
     A character from "0" on holds 5 bits of a number, lowest first, and 32 if more follow; the last bit is the sign.
-    From the fourth on, a number is the difference to the run before the last one.
-    """
+    From the fourth on, a number is the difference to the run before the last one."""
     codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48  # (characters,)
     ends = np.flatnonzero(codes < 32)  # (runs,)
     lengths = np.diff(ends, prepend=-1)  # (runs,), characters of each number
@@ -276,26 +253,17 @@ def decompress(text: str) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ transform and batches
-
-
-def detection_limits(short_side: int) -> tuple[int, int]:
-    """(longest long side, longest short side) in pixels, in the released proportion: (1333, 800)."""
-    return short_side * 5 // 3, short_side
-
-
+@dataclass
 class DetectionTransform:
-    """The released pipeline: resize to fit `limits` at the same aspect ratio, flip with probability `flip`.
+    """The released pipeline: resize to the largest size of the same aspect ratio within the limits, flip at random."""
 
-    limits: (longest long side, longest short side) in pixels; flip: 0.5 in training, 0 otherwise
-    """
-
-    def __init__(self, limits: tuple[int, int] = (1333, 800), flip: float = 0.0):
-        self.limits, self.flip = limits, flip
+    short_side: int = 800  # limit of the short side in pixels; that of the long side is 5/3 of it: 1333
+    flip: float = 0.0  # probability, 0.5 in training
 
     def __call__(self, image: Tensor, target: dict) -> tuple[Tensor, dict]:
         """image (3, H, W) uint8 -> (3, h, w) float in [0, 1]; target with boxes and masks to match."""
         height, width = image.shape[1:]
-        image = resize_to_fit(image / 255, self.limits)  # (3, h, w)
+        image = resize_to_fit(image / 255, (self.short_side * 5 // 3, self.short_side))  # (3, h, w)
         new_height, new_width = image.shape[1:]
         boxes, masks = target["boxes"] * torch.tensor([new_width / width, new_height / height] * 2), {}  # (N, 4)
         if "masks" in target:
@@ -308,17 +276,14 @@ class DetectionTransform:
 
 
 class AspectRatioSampler(IterationSampler):
-    """An IterationSampler whose batches are either all wide or all tall images, so that little is padded.
-
-    batch_size: per iteration, over all processes and accumulation steps; `start` must be a multiple of it
-    An epoch is every image once; each group's last batch is filled up from the beginning of the group.
-    """
+    """An IterationSampler whose batches are either all wide or all tall images, so that little is padded. An epoch is
+    every image once; each group's last batch is filled up from the beginning of the group.
+    batch_size: per iteration, over all processes and accumulation steps; `start` must be a multiple of it"""
 
     def __init__(self, dataset: CocoDetection, batch_size: int, seed: int, rank: int, world: int, start: int):
         wide = torch.tensor([image["width"] > image["height"] for image in dataset.images])
         self.groups, self.batch_size = [wide.nonzero()[:, 0], (~wide).nonzero()[:, 0]], batch_size
-        batches = sum(math.ceil(len(group) / batch_size) for group in self.groups)
-        super().__init__(batches * batch_size, seed, rank, world, start)
+        super().__init__(len(self.permutation(torch.Generator())), seed, rank, world, start)
 
     def permutation(self, generator: torch.Generator) -> list[int]:
         """The order of one epoch."""
@@ -331,19 +296,15 @@ class AspectRatioSampler(IterationSampler):
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-
-
 def evaluate_detection(
     model: nn.Module, dataset: CocoDetection, device: torch.device | str, *, save_results: Path | None = None, workers=0
 ) -> dict[str, float | Tensor]:
     """COCO's average precision of `model` on `dataset` as pycocotools computes it, in per cent; nan: no such objects.
-
     save_results: a JSON file for the detections, in COCO's results format
     return: box_ap (mean over IoU 0.5 to 0.95), box_ap50, box_ap75, box_ap_small, box_ap_medium, box_ap_large and
         box_ap_per_class (K,); the same with mask_ if the data set loads masks and the model predicts them
-    Several processes share the images and return the same scores. The model's mode is restored.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    Several processes share the images and return the same scores. The model's mode is restored."""
+    rank, world = this_process()
     if save_results is not None and rank == 0:
         save_results.parent.mkdir(parents=True, exist_ok=True)
         save_results.open("a").close()  # if it cannot be written, then an error now, not after hours
@@ -351,13 +312,12 @@ def evaluate_detection(
     model.eval()
     # A generator of its own: iterating must not change the random state that training resumes with.
     options = {"sampler": range(rank, len(dataset), world), "num_workers": workers, "generator": torch.Generator()}
-    loader = DataLoader(dataset, batch_size=None, worker_init_fn=leave_group, **options)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, worker_init_fn=leave_group, **options)
     with torch.no_grad():
         for image, target, _ in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):  # None: in terminals
             detections = model([image.to(device)], sizes=[target["size"]])[0]
             results += to_results(detections, target["image_id"], dataset.category_ids)
     model.train(was_training)
-
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, results)

@@ -4,8 +4,7 @@
     python convert.py AUTHORS.pth OURS.pt --unsafe         # it holds more than tensors, and you trust its source
     python convert.py AUTHORS.pth OURS.pt --classes coco   # it holds no class names
 
-Reads DenseCLIP's and the CLIP baselines' Semantic FPN, RetinaNet and Mask R-CNN models.
-"""
+Reads DenseCLIP's and the CLIP baselines' Semantic FPN, RetinaNet and Mask R-CNN models."""
 
 import argparse
 import re
@@ -19,16 +18,11 @@ import denseclip
 import detection
 from clip_model import load_weights, read_architecture, read_tensors
 from data import read_classes, run_script
-from denseclip import save_checkpoint
 
-CLASSIFIERS = {  # each task's classifier in the release, and its number of outputs per class
-    "segmentation": ("decode_head.conv_seg.weight", 1),
-    "retinanet": ("bbox_head.retina_cls.weight", 9),
-    "mask_rcnn": ("roi_head.mask_head.conv_logits.weight", 1),
-}
+CLASSIFIERS = {"segmentation": ("decode_head.conv_seg.weight", 1), "retinanet": ("bbox_head.retina_cls.weight", 9)}
+CLASSIFIERS["mask_rcnn"] = ("roi_head.mask_head.conv_logits.weight", 1)  # in the release, and its outputs per class
 RETINANET = {r"neck\.fpn_convs\.3\.conv": "neck.p6", r"neck\.fpn_convs\.4\.conv": "neck.p7"}  # elsewhere, 3 is P5's
-NAMES = {  # names in the release, as regular expressions, and ours; "encoder." precedes all others
-    r"(neck|decode_head)\.": r"\1.",
+NAMES = {  # names in the release, as regular expressions, and ours, where they differ
     r"bbox_head\.cls_convs\.(\d)\.conv": r"head.classification_head.conv.\1.0",
     r"bbox_head\.retina_cls": r"head.classification_head.cls_logits",
     r"bbox_head\.reg_convs\.(\d)\.conv": r"head.regression_head.conv.\1.0",
@@ -48,10 +42,8 @@ NAMES = {  # names in the release, as regular expressions, and ours; "encoder." 
 
 def convert(source: Path, target: Path, class_names: list[str] | None = None, unsafe: bool = False) -> nn.Module:
     """Convert the authors' file `source` into `target`; return the model, in evaluation mode on the CPU.
-
     class_names: for files that do not hold them
-    unsafe: also unpickle arbitrary objects, which can run code; the "meta" of released files may hold some
-    """
+    unsafe:      also unpickle arbitrary objects, which can run code; the "meta" of released files may hold some"""
     state_dict, names, colors = read_release(source, unsafe)
     task = next((task for task, (key, _) in CLASSIFIERS.items() if key in state_dict), None)
     if task is None:
@@ -70,7 +62,7 @@ def convert(source: Path, target: Path, class_names: list[str] | None = None, un
     load_weights(model, {rename(key, task): value for key, value in state_dict.items()}, str(source))
     # The authors' segmentation models were trained on ADE20K, in whose masks 0 is ignored and 1 is the first class.
     run = {"reduce_zero_label": True} if task == "segmentation" else {}
-    save_checkpoint(target, model, data={"colors": colors}, run=run)
+    denseclip.save_checkpoint(target, model, data={"colors": colors}, run=run)
     return model.eval()
 
 
@@ -103,8 +95,8 @@ def read_model(state_dict: dict[str, Tensor], task: str, source: Path) -> tuple[
     name = next((name for name, preset in presets.items() if sizes(preset.architecture) == sizes(found)), None)
     if name is None:
         raise ValueError(f"{source}: no model here has its image encoder ({found}): choose from {', '.join(presets)}")
-    language = {"prompting": "post", "context_length": found.context_length}
-    settings = language if found.text_width else {"prompting": "none"}
+    settings = {"prompting": "post", "context_length": found.context_length}
+    settings = settings if found.text_width else {"prompting": "none"}
     if found.input_resolution:  # baselines on ResNets have no positional grid
         settings["crop_size"] = found.input_resolution
     return name, settings
@@ -115,7 +107,7 @@ def rename(key: str, task: str) -> str:
     for theirs, ours in (RETINANET | NAMES if task == "retinanet" else NAMES).items():
         if re.match(theirs, key):
             return re.sub(theirs, ours, key, count=1)
-    return f"encoder.{key}"
+    return key if key.startswith(("neck.", "decode_head.")) else f"encoder.{key}"
 
 
 def main() -> None:

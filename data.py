@@ -1,23 +1,20 @@
-"""Data: folders of images and masks, the released training and test transforms, and the ADE20K download.
+"""Data: folders of images and masks, the released transforms, and `python data.py`, which downloads ADE20K to data/.
 
 A data set is a folder of images, a folder of masks with the same file stems, and a class list (`classes/*.txt`). A mask
 holds one class index per pixel. Once loaded, images are RGB, (3, H, W), float, normalized with CLIP's mean and standard
-deviation; labels are (H, W), int64, in [0, K), or 255 for pixels that count neither in the loss nor in a score.
-
-    python data.py --root data        # downloads ADE20K to data/ADEChallengeData2016
-"""
+deviation; labels are (H, W), int64, in [0, K), or 255 for pixels that count neither in the loss nor in a score."""
 
 import argparse
-import functools
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
-import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +33,6 @@ MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # lossless formats on
 ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 
-# ------------------------------------------------------------------------------------------------ class lists, reading
-
 
 def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Class names and colors (RGB, 0..255) from "names, with, commas", a list in classes/ ("ade20k"), or a file:
@@ -48,29 +43,22 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
     shipped = CLASSES_DIR / f"{name_or_path}.txt"
     path = shipped if shipped.is_file() else Path(name_or_path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such class list; give {class_lists()}")
-    colors: dict[str, tuple[int, int, int]] = {}
+        lists = ", ".join(sorted(file.stem for file in CLASSES_DIR.glob("*.txt")))
+        raise FileNotFoundError(f'{path}: no such class list; give names such as "sky, grass", a file, or {lists}')
+    colors, spare = {}, default_colors(256)  # name: color
     for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), start=1):
-        name, *color = [field.strip() for field in line.split("\t")]
         if not line.strip():
             continue
+        name, *color = [field.strip() for field in line.split("\t")]
         is_rgb = len(color) == 3 and all(c.isdecimal() and int(c) <= 255 for c in color)
-        if not name or "\N{REPLACEMENT CHARACTER}" in name or (color and not is_rgb):
-            raise ValueError(f"{path}:{number}: {line!r}; expected UTF-8: name, or name, R, G, B (0..255) with tabs")
-        if name in colors:
-            raise ValueError(f"{path}:{number}: class {name!r} is in the list twice; every class needs its own name")
-        colors[name] = tuple(map(int, color)) if color else default_colors(256)[len(colors) % 256]
+        if not name or name in colors or "\N{REPLACEMENT CHARACTER}" in name or (color and not is_rgb):
+            raise ValueError(f"{path}:{number}: {line!r}; expected UTF-8: name, or name, R, G, B with tabs; none twice")
+        colors[name] = tuple(map(int, color)) if color else spare[len(colors) % 256]
     if not colors:
         raise ValueError(f"{path}: the class list is empty; write one class name per line")
     return list(colors), list(colors.values())
 
 
-def class_lists() -> str:
-    shipped = ", ".join(sorted(path.stem for path in CLASSES_DIR.glob("*.txt")))
-    return f'names such as "sky, grass", a file with one per line, or one of {shipped}'
-
-
-@functools.cache
 def default_colors(number: int) -> list[tuple[int, int, int]]:
     """Colors for classes without: each is the one farthest in RGB from black, white, gray and those before it."""
     grid = np.stack(np.meshgrid(*[np.linspace(30, 250, 8)] * 3), axis=-1).reshape(-1, 3).round().astype(int)  # (512, 3)
@@ -99,8 +87,7 @@ def is_ade20k(masks: str | Path) -> bool:
 
 def files_by_stem(folder: str | Path, suffixes: set[str]) -> dict[str, Path]:
     """The image files of a folder, sorted; files of other types are skipped."""
-    files: dict[str, Path] = {}
-    visible = sorted(p for p in Path(folder).glob("[!.]*") if p.is_file())
+    files, visible = {}, sorted(p for p in Path(folder).glob("[!.]*") if p.is_file())
     for path in (p for p in visible if p.suffix.lower() in suffixes):
         if path.stem in files:
             raise ValueError(f"{path}: same name as {files[path.stem].name}; images and masks are paired by name")
@@ -137,69 +124,52 @@ def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode in ("F", "LAB") or low < 0 or high > 65535:
         raise ValueError(f"{path}: its {image.mode} values have no standard RGB form; save it as RGB or 8-bit gray")
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
-        gray = np.asarray(image).astype(np.int64)  # (H, W)
-        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8)).convert("RGB")
     via = image.convert("RGBA") if "transparency" in image.info else image  # or Pillow warns about palettes
     return via if via.mode == "RGB" else via.convert("RGB")
 
 
+@dataclass
 class SegmentationDataset(torch.utils.data.Dataset):
-    """Images and masks paired by file stem.
+    """Images and masks paired by file stem: dataset[key] -> (image (3, h, w) float, label (h, w) int64, image's path).
 
-    transform:         maps image (3, H, W) uint8 and label (H, W) uint8, such as TrainTransform; None: eval_transform
-    ignore_index:      mask value of the pixels to ignore, in addition to 255
-    reduce_zero_label: mask value 0 is ignored and values 1..K are the classes 0..K-1, as in ADE20K
+    The key is an index, or (index, seed) as from IterationSampler: then the seed alone determines the transform's
+    randomness, so that a sample depends neither on the number of workers nor on where training was resumed, and the
+    caller's random state is unchanged."""
 
-    dataset[key] -> (image (3, h, w) float, label (h, w) int64, path of the image). The key is an index, or (index,
-    seed) as from IterationSampler: then the seed alone determines the transform's randomness, so that a sample depends
-    neither on the number of workers nor on where training was resumed, and the caller's random state is unchanged.
-    """
+    image_dir: str | Path
+    mask_dir: str | Path
+    num_classes: int
+    transform: Callable | None = None  # of image (3, H, W) and label (H, W), both uint8; None: eval_transform
+    ignore_index: int = IGNORE_INDEX  # mask value of the pixels to ignore, in addition to 255
+    reduce_zero_label: bool = False  # mask value 0 is ignored and 1..K are the classes 0..K-1, as in ADE20K
 
-    def __init__(
-        self,
-        image_dir: str | Path,
-        mask_dir: str | Path,
-        num_classes: int,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        reduce_zero_label: bool = False,
-    ):
-        if not 2 <= num_classes <= 255:  # with one class, the loss is 0 and the score 100 whatever the model does
-            raise ValueError(f"{num_classes} classes; 2 to 255 are possible: is the background class missing?")
-        images, masks = files_by_stem(image_dir, IMAGE_SUFFIXES), files_by_stem(mask_dir, MASK_SUFFIXES)
-        for files, others, kind, folder in ((images, masks, "mask", mask_dir), (masks, images, "image", image_dir)):
+    def __post_init__(self):
+        if not 2 <= self.num_classes <= 255:  # with one class, the loss is 0 and the score 100 whatever the model does
+            raise ValueError(f"{self.num_classes} classes; 2 to 255 are possible: is the background class missing?")
+        images, masks = files_by_stem(self.image_dir, IMAGE_SUFFIXES), files_by_stem(self.mask_dir, MASK_SUFFIXES)
+        for files, others, kind in ((images, masks, "mask"), (masks, images, "image")):
             if alone := [path for stem, path in files.items() if stem not in others]:
-                how = f"{len(alone)} missing: add or remove them"
-                raise ValueError(f"{alone[0]}: no {kind} of this name in {folder} ({how})")
+                folder = next(iter(others.values())).parent
+                raise ValueError(f"{alone[0]}: no {kind} of this name in {folder}; {len(alone)} missing: add or remove")
         self.pairs = [(path, masks[stem]) for stem, path in images.items()]
-        self.num_classes, self.transform = num_classes, transform or eval_transform
-        self.ignore_index, self.reduce_zero_label = ignore_index, reduce_zero_label
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
         index, seed = key if isinstance(key, tuple) else (key, None)
-        image_path, mask_path = self.pairs[index]
-        image, label = read_image(image_path), self.read_label(mask_path)  # (3, H, W) uint8, (H, W) uint8
-        self.check_size(index, label, image.shape[1:])
+        image = read_image(self.pairs[index][0])  # (3, H, W) uint8
+        label = self.read_label(index, image.shape[1:])  # (H, W) uint8
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the GPU's generator
-            return *self.transform(image, label), str(image_path)
-
-    def check_size(self, index: int, label: Tensor, size: tuple[int, int]) -> None:
-        (image_path, mask_path), (h, w), (height, width) = self.pairs[index], label.shape, size
-        if (h, w) != (height, width):  # EXIF orientation is not applied
-            what = f"{w} x {h} pixels, but {image_path} has {width} x {height} as stored"
-            raise ValueError(f"{mask_path}: {what}; they must be the same: replace or remove both")
+            return *(self.transform or eval_transform)(image, label), str(self.pairs[index][0])
 
     def count_labels(self, index: int) -> Tensor:
         """Pixels of each label in a mask, (256,); of its image, only the size is read, to compare."""
-        image_path, mask_path = self.pairs[index]
-        label = self.read_label(mask_path)  # (H, W)
-        with Image.open(image_path) as image:
-            self.check_size(index, label, image.size[::-1])
+        with Image.open(self.pairs[index][0]) as image:
+            label = self.read_label(index, image.size[::-1])  # (H, W)
         return torch.bincount(label.flatten(), minlength=256)
 
     def sampler(self, batch_size: int, seed: int, rank: int, world: int, start: int) -> "IterationSampler":
@@ -208,32 +178,28 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     collate = staticmethod(torch.utils.data.default_collate)  # images (B, 3, H, W), labels (B, H, W), paths
 
-    def to_labels(self, values: np.ndarray) -> np.ndarray:
-        """Mask values as labels: in [0, K), 255 for the ignored ones, -1 for what is not a class."""
-        ignored = (values == IGNORE_INDEX) | (values == self.ignore_index) | ((values == 0) & self.reduce_zero_label)
-        labels = values - int(self.reduce_zero_label)
-        labels[(labels < 0) | (labels >= self.num_classes)] = -1
-        return np.where(ignored, IGNORE_INDEX, labels).astype(np.int16)
-
-    def read_label(self, path: Path) -> Tensor:
-        """A mask of 1, 8 or 16 bits, or the indices of a palette image, as labels: (H, W) uint8 in [0, K) or 255."""
-        image, first = open_image(path), int(self.reduce_zero_label)
-        mask = np.asarray(image)  # (H, W), or of gray values as RGB (H, W, 3)
+    def read_label(self, index: int, size: tuple[int, int]) -> Tensor:
+        """A mask of 1, 8 or 16 bits, or the indices of a palette image, as labels: (H, W) uint8 in [0, K) or 255. Its
+        `size` must be the (H, W) of the image as stored: EXIF orientation is not applied."""
+        (image_path, path), first = self.pairs[index], int(self.reduce_zero_label)
+        mask = np.asarray(image := open_image(path))  # (H, W), or of gray values as RGB (H, W, 3)
         if image.mode in ("RGB", "RGBA") and (mask[..., :3] == mask[..., :1]).all():
             mask = mask[..., 0]
         elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-            how = 'README.md, "Your own data", has the lines that convert it'
-            raise ValueError(f"{path}: a mask in colors ({image.mode}), but masks hold class indices; {how}")
-        # a table for bytes, the usual case: masks have hundreds of thousands of pixels
-        if mask.dtype == np.uint8:
-            label = self.to_labels(np.arange(256)).take(mask)  # (H, W)
-        else:
-            label = self.to_labels(mask.astype(np.int64))  # (H, W)
+            raise ValueError(f"{path}: a mask in colors ({image.mode}), but masks hold class indices; see README.md")
+        # for bytes, the usual case, a table is much faster: masks have hundreds of thousands of pixels
+        values = np.arange(256) if mask.dtype == np.uint8 else mask.astype(np.int64)
+        labels = np.where((values >= first) & (values < first + self.num_classes), values - first, -1)
+        ignored = (values == IGNORE_INDEX) | (values == self.ignore_index) | ((values == 0) & self.reduce_zero_label)
+        labels[ignored] = IGNORE_INDEX
+        label = labels.astype(np.int16).take(mask) if mask.dtype == np.uint8 else labels  # (H, W)
         if label.min() < 0:
-            values, last = ", ".join(map(str, np.unique(mask[label < 0])[:8])), self.num_classes - 1 + first
-            what = f"value {values} is not a class; the classes are {first} to {last}, 255 is ignored"
-            how = "--ignore-index ignores another value, --reduce-zero-label ignores 0 and makes 1 the first class"
-            raise ValueError(f"{path}: {what}; {how}")
+            wrong, last = ", ".join(map(str, np.unique(mask[label < 0])[:8])), self.num_classes - 1 + first
+            what = f"value {wrong} is not a class; the classes are {first} to {last}, 255 is ignored"
+            raise ValueError(f"{path}: {what}; see --ignore-index, and --reduce-zero-label for masks that begin at 1")
+        if label.shape != size:
+            what = f"{label.shape[1]} x {label.shape[0]} pixels, but {image_path} has {size[1]} x {size[0]} as stored"
+            raise ValueError(f"{path}: {what}; they must be the same: replace or remove both")
         return torch.from_numpy(label.astype(np.uint8))
 
 
@@ -244,10 +210,8 @@ def look_at_all(look: Callable[[int], object], number: int, title: str, workers:
 
 
 def check_data(train: SegmentationDataset, val: SegmentationDataset, class_names: list[str], workers: int) -> str:
-    """Look at all masks and validation images before training; a ValueError names the first file that fails.
-
-    return: each class's share of the training pixels, and warnings, as lines of text
-    """
+    """Look at all masks and validation images before training; a ValueError names the first file that fails. Return
+    each class's share of the training pixels, and warnings, as lines of text."""
     counts = sum(look_at_all(train.count_labels, len(train), "checking training masks", workers)).tolist()  # 256
     looked = look_at_all(lambda i: val[i][1].lt(IGNORE_INDEX).any(), len(val), "checking validation images", workers)
     pixels, ignored = dict(zip(class_names, counts, strict=False)), counts[IGNORE_INDEX]
@@ -255,9 +219,9 @@ def check_data(train: SegmentationDataset, val: SegmentationDataset, class_names
     for masks, any_label in ((train, labeled), (val, any(looked))):
         if not any_label:
             raise ValueError(f"{masks.pairs[0][1].parent}: all pixels of the masks are ignored; {how}")
-    shares = (f"{name} {100 * n / labeled:.1f}" for name, n in pixels.items())
+    shares = ", ".join(f"{name} {100 * n / labeled:.1f}" for name, n in pixels.items())
     share = f"{100 * ignored / (ignored + labeled):.1f} %"
-    lines = [textwrap.fill(f"training pixels in %: {', '.join(shares)}; {share} of all pixels are ignored", 118)]
+    lines = [f"training pixels in %: {shares}; {share} of all pixels are ignored"]
     if ignored > 9 * labeled:
         lines += [f"warning: {share} of the training pixels are ignored"]
     if ignored and labeled == counts[0] and not train.reduce_zero_label:
@@ -269,15 +233,11 @@ def check_data(train: SegmentationDataset, val: SegmentationDataset, class_names
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ transforms
-
-# As released, in the released order. What differs from the released code, all of it within rounding:
+# Transforms as released, in the released order. What differs from the released code, all of it within rounding:
 # - it rounds to 8 bits after every photometric step, and hue to 2 degrees; here they stay float, in [0, 1]
 # - its bilinear resizing (OpenCV) has 11-bit weights and rounds once; PyTorch's for uint8 rounds after each axis.
 #   Neither smooths before shrinking, because the released weights were trained and tested without.
 # - for evaluation the float image is resized; the released code rounds to 8 bits before normalization
-
-
 def resize_to_fit(image: Tensor, limits: tuple[int, int]) -> Tensor:
     """(..., H, W) to the largest size of its aspect ratio within (long side, short side); bilinear, no antialias."""
     (height, width), (long, short) = image.shape[-2:], limits
@@ -304,15 +264,12 @@ def eval_transform(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return normalize(image / 255).contiguous(), label.long()  # (3, H, W), (H, W)
 
 
+@dataclass
 class TrainTransform:
-    """The released training pipeline: random resize, crop, flip, photometric distortion, normalization, padding.
+    """The released training pipeline: random resize, crop, flip, photometric distortion, normalization, padding."""
 
-    crop_size: pixels per side of the square output
-    limits:    (long side, short side) in pixels that the image is resized to fit, times U(0.5, 2)
-    """
-
-    def __init__(self, crop_size: int = 512, limits: tuple[int, int] = (2048, 512)):
-        self.crop_size, self.limits = crop_size, limits
+    crop_size: int = 512  # pixels per side of the square output
+    limits: tuple[int, int] = (2048, 512)  # (long side, short side) in pixels to resize to, times U(0.5, 2)
 
     def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """image (3, H, W) uint8, label (H, W) uint8 -> (3, crop, crop) float, (crop, crop) int64"""
@@ -333,11 +290,9 @@ class TrainTransform:
 
 
 def random_crop_box(label: Tensor, crop_size: int, max_share: float = 0.75, tries: int = 10) -> tuple[int, ...]:
-    """(top, left, height, width) of a random crop of `label` (H, W), smaller than crop_size where the label is.
-
-    Boxes are drawn until one holds several classes, none of them on `max_share` or more of the pixels that count.
-    If the first `tries` boxes fail, the next one is used without checking.
-    """
+    """(top, left, height, width) of a random crop of `label` (H, W), smaller than crop_size where the label is. Boxes
+    are drawn until one holds several classes, none of them on `max_share` or more of the pixels that count. If the
+    first `tries` boxes fail, the next one is used without checking."""
     height, width = min(crop_size, label.shape[0]), min(crop_size, label.shape[1])
     for _ in range(tries + 1):
         top = int(torch.randint(label.shape[0] - height + 1, ()))
@@ -392,14 +347,12 @@ class IterationSampler(torch.utils.data.Sampler):
     One random permutation of the data set after another, with a seed for each sample; sample n depends only on `seed`
     and n. Process `rank` of `world` takes samples start + rank, start + rank + world, and so on; `start` is the number
     that all processes together have drawn before, so that a resumed run continues exactly.
-    Released code: drops the incomplete last batch of an epoch; here it is filled from the next epoch.
-    """
+    Released code: drops the incomplete last batch of an epoch; here it is filled from the next epoch."""
 
     def __init__(self, size: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
         self.size, self.seed, self.rank, self.world, self.start = size, seed, rank, world, start
 
     def permutation(self, generator: torch.Generator) -> list[int]:
-        """The order of one epoch."""
         return torch.randperm(self.size, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -411,9 +364,6 @@ class IterationSampler(torch.utils.data.Sampler):
                 order = self.permutation(generator)
                 seeds = torch.randint(2**32, (self.size,), generator=generator).tolist()
             yield order[n % self.size], seeds[n % self.size]
-
-
-# ------------------------------------------------------------------------------------------------ download, scripts
 
 
 def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_SHA1) -> Path:
@@ -449,11 +399,7 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader's handler would raise again for a dead worker
-        message = describe(error)
-        print(f"error: {message}", file=sys.stderr)
-        from torch.distributed.elastic.multiprocessing import errors
-
-        errors.get_error_handler().record_exception(ValueError(message))  # for torchrun's summary of all processes
+        print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -467,15 +413,13 @@ def describe(error: Exception) -> str:
     if isinstance(error, ValueError | OSError) and not isinstance(error, ConnectionError):  # a user's mistake
         return "\\n".join(message.splitlines())  # a file's name may have several lines
     message = f"{type(error).__name__}: {message.partition(chr(10))[0]:.200}"
-    killed = "perhaps memory was short: use fewer --workers; --resume continues training"
-    ways_out = {  # by a part of the message
-        "DataLoader worker": killed,
-        "ConnectionResetError": killed,  # the same, noticed while a sample was read from its pipe
+    ways_out = {  # by a part of the message; a loader's worker that was killed breaks its pipe
+        "DataLoader worker|ConnectionReset": "memory may be short: use fewer --workers; --resume continues training",
         "emory": "a smaller --batch-size, --accumulate, --recompute and smaller images need less",
         "peer": "another process ended first, and its message says why",
         "": "please report this, with what is printed if DENSECLIP_DEBUG=1 is set",
     }
-    return f"{message}; {next(how for part, how in ways_out.items() if part in message)}"
+    return f"{message}; {next(how for pattern, how in ways_out.items() if re.search(pattern, message))}"
 
 
 def main() -> None:

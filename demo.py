@@ -108,15 +108,12 @@ def draw_shape(draw: ImageDraw.ImageDraw, name: str, x: float, y: float, radius:
 @torch.no_grad()
 def write_sheets(model: torch.nn.Module, dataset: SegmentationDataset, folder: Path, number: int = 8) -> None:
     """Image, ground truth, prediction and score maps of the drawings that agree most with the truth, the best first.
-
-    Drawings of at least five classes come before the others, which are easy.
-    """
+    Drawings of at least five classes come before the others, which are easy."""
     found = []
     for i, (image, truth, _) in enumerate(dataset):
         labels, matrix = predict_labels(model, image, truth.shape), ConfusionMatrix(dataset.num_classes)  # (H, W)
         matrix.update(labels, truth)
-        easy = matrix.counts.sum(1).count_nonzero() < 5  # classes
-        found.append((easy, -matrix.compute()["miou"], i, labels))
+        found.append((matrix.counts.sum(1).count_nonzero() < 5, -matrix.compute()["miou"], i, labels))  # easy ones last
     folder.mkdir(exist_ok=True)
     for rank, (_, _, i, labels) in enumerate(sorted(found)[:number], start=1):
         image, truth, path = dataset[i]
@@ -131,11 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
     out, names, (_, _, device) = parser.parse_args().out, list(CLASSES), start_process()
-
     draw_dataset(out / "data")
     torch.manual_seed(RECIPE.seed)
     model = build_model("tiny", names, short_side=192)  # larger than the crops of 128, so that corners survive
-
     train_folders, val_folders = (find_split(out / "data", split) for split in ("train", "val"))
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
     train_set = SegmentationDataset(*train_folders, len(names), transform, reduce_zero_label=True)
@@ -144,16 +139,11 @@ def main() -> None:
     loop = {"workers": 2, "eval_every": 240, "save_every": 240, "log_every": 20}
     loop["data"] = {"colors": list(CLASSES.values()), "val": [str(folder.resolve()) for folder in val_folders]}
     train(model, train_set, RECIPE, out, device, evaluate_model=evaluate_model, **loop)
-
     checkpoint = read_checkpoint(out / "best.pt")
-    model = restore_model(checkpoint, out / "best.pt", build_model)
-    write_sheets(model, val_set, out / "pictures")
+    write_sheets(restore_model(checkpoint, out / "best.pt", build_model), val_set, out / "pictures")
     print(f"""
-mIoU {checkpoint["best"]:.1f} on {len(val_set)} drawings that were not used for training. The demo wrote
-  {out}/data      the drawings and their masks, in ADE20K's layout
-  {out}/best.pt   the trained model: weights, settings and class names
-  {out}/pictures  the drawings that agree most with the truth: image, truth, prediction and score maps, Eq. (2)
-Next
+mIoU {checkpoint["best"]:.1f} on {len(val_set)} drawings that were not used for training. {out}/pictures shows the best:
+image, truth, prediction and score maps, Eq. (2). The model is {out}/best.pt, the drawings are in {out}/data. Next:
   python eval.py --checkpoint {out}/best.pt --multi-scale
   python predict.py {out}/data/images/validation --checkpoint {out}/best.pt --score-maps all
   python train.py --model tiny --train IMAGES MASKS --val IMAGES MASKS --classes LIST --out runs/mine""")

@@ -39,35 +39,23 @@ import clip_model
 from clip_model import ARCHITECTURES, IGNORE_INDEX, Architecture, ResNet, TextEncoder, VisionTransformer
 from heads import FPN, FCNHead, SemanticFPNHead, UperNetHead, resize
 
-# ------------------------------------------------------------------------------------------------ the method
-
 
 class LanguageGuidedEncoder(nn.Module):
     """Image to feature pyramid with score map: all of DenseCLIP except the task's own neck and head.
-
-    backbone:        images -> (pyramid, global_embedding, visual_embeddings); its attribute `channels` lists the
-                     pyramid's channels, `score_level` is the index of the map with visual_embeddings' size
-    text_encoder:    CLIP's, frozen; gradients flow through it to the contexts. Or StoredText, after `freeze_text`
-    num_contexts:    N learned context vectors before each class name, Eq. (3); 0: `templates` alone
-    prompt_decoder:  for pre-model prompting, Eq. (4): (queries, memory) -> (B, N, text width)
-    context_decoder: for post-model prompting, Eqs. (5) and (6): (text_embeddings, memory) -> (B, K, C)
-    gamma:           initial value; fixed if learn_gamma=False
-    join_score_map:  False leaves the pyramid as the backbone returned it
-    score_temperature: divides the score map where it joins the pyramid (released code: 1, in detection tau)
-    """
+    backbone.channels: of the pyramid's maps; backbone.score_level: index of the map with visual_embeddings' size."""
 
     def __init__(
         self,
-        backbone: nn.Module,
-        text_encoder: "TextEncoder | StoredText",
+        backbone: nn.Module,  # images -> (pyramid, global_embedding, visual_embeddings)
+        text_encoder: "TextEncoder | StoredText",  # CLIP's, frozen: gradients flow through it to the contexts
         class_names: list[str],
-        prompt_decoder: nn.Module | None = None,
-        context_decoder: nn.Module | None = None,
-        num_contexts: int = 8,
-        gamma: float = 1e-4,
+        prompt_decoder: nn.Module | None = None,  # pre-model prompting, Eq. (4): (queries, memory) -> (B, N, D)
+        context_decoder: nn.Module | None = None,  # post-model, Eq. (5): (text_embeddings, memory) -> (B, K, C)
+        num_contexts: int = 8,  # N learned context vectors before each class name, Eq. (3); 0: `templates` alone
+        gamma: float = 1e-4,  # initial value, Eq. (6)
         learn_gamma: bool = True,
-        join_score_map: bool = True,
-        score_temperature: float = 1.0,
+        join_score_map: bool = True,  # False leaves the pyramid as the backbone returned it
+        score_temperature: float = 1.0,  # divides the score map that joins. Released code: 1, in detection tau
         templates: tuple[str, ...] = ("{}",),
     ):
         super().__init__()
@@ -115,10 +103,8 @@ class LanguageGuidedEncoder(nn.Module):
 
     def embed_class_names(self, memory: Tensor) -> Tensor:
         """Text embeddings of the class names before the image refines them, (B, K, C). Eqs. (3) and (4).
-
-        Where they do not depend on the image, they are computed once in evaluation. In eval mode, changes of weights in
-        place or of a submodule alone go unnoticed: call eval() again.
-        """
+        In eval mode, those that do not depend on the image are computed once: changes of weights in place or of a
+        submodule alone go unnoticed there, call eval() again."""
         if self.prompt_decoder is not None:
             # Eq. (4): v = TransDecoder(q, [z_bar, z]), and v replaces p in Eq. (3)
             contexts = self.prompt_decoder(self.queries.expand(memory.shape[0], -1, -1), memory)  # (B, N, D)
@@ -148,37 +134,31 @@ class LanguageGuidedEncoder(nn.Module):
             self.text_encoder, self.contexts, self.num_contexts = StoredText(self.encode_text()), None, 0
 
     def set_class_names(self, class_names: list[str], any_number: bool = False) -> None:
-        """Use these class names from now on.
-
-        any_number: of score maps alone, which then no longer join the pyramid; a trained head needs the same number
-        """
+        """Use these names from now on; any_number: for score maps alone, which then no longer join the pyramid."""
         check_class_names(class_names, 0 if any_number else len(self.class_names))
         if any_number:
             self.join_score_map, self.channels = False, list(self.backbone.channels)
         if not isinstance(self.text_encoder, StoredText):
-            texts = [template.format(name) for template in self.templates for name in class_names]
-            self.register_buffer("tokens", self.tokenize(texts), persistent=False)  # (templates * K, L)
+            self.register_buffer("tokens", self.tokenize(class_names), persistent=False)  # (templates * K, L)
         elif self.class_names not in ([], list(class_names)):
             raise ValueError("this model's text encoder was dropped by freeze_text; use the model it was made from")
         self.class_names, self.cached_text = list(class_names), None
 
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """(len(texts), L). Released code: L is 5, more than 3 tokens are an error. Here the longest name decides."""
+    def tokenize(self, class_names: list[str]) -> Tensor:
+        """(templates * K, L). Released code: L is 5, longer names are an error. Here the longest name decides."""
         from tokenizer import SOT, encode, tokenize  # here, so that a model with stored text needs no vocabulary
 
-        tokens = [encode(text) for text in texts]
+        texts = [template.format(name) for template in self.templates for name in class_names]
+        tokens, room = [encode(text) for text in texts], self.text_encoder.context_length - self.num_contexts
         for i, text in enumerate(texts):
             if not tokens[i] or max(tokens[i]) >= SOT or tokens[i] in tokens[:i]:
                 raise ValueError(f"{text!r} is empty, a special token or the same as another name to CLIP's tokenizer")
-        longest = max(texts, key=lambda text: len(encode(text)))
-        length = max(5, 2 + len(encode(longest)))
-        room = self.text_encoder.context_length - self.num_contexts
-        if length > room:
-            raise ValueError(f"class name {longest!r} has {length} tokens, but the text encoder has room for {room}")
-        return tokenize(texts, length).to(self.text_encoder.token_embedding.weight.device)
+            if (length := 2 + len(tokens[i])) > room:
+                raise ValueError(f"class name {text!r} has {length} tokens, but the text encoder has room for {room}")
+        tokens = tokenize(texts, length=max(5, 2 + max(map(len, tokens))))
+        return tokens.to(self.text_encoder.token_embedding.weight.device)
 
     # Whatever else may change the text drops the cached one: training, moving or casting, loading weights.
-
     def train(self, mode: bool = True) -> "LanguageGuidedEncoder":
         self.cached_text = None
         return super().train(mode)
@@ -197,7 +177,7 @@ class StoredText(nn.Module):
 
     def __init__(self, embeddings: Tensor):
         super().__init__()
-        self.embed_dim, self.width = embeddings.shape[2], 0
+        self.embed_dim = embeddings.shape[2]
         self.register_buffer("embeddings", embeddings)
 
 
@@ -206,23 +186,18 @@ class PlainEncoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, class_names: list[str]):
         super().__init__()
-        self.backbone, self.class_names, self.channels = backbone, [], list(backbone.channels)
-        self.set_class_names(class_names)
+        check_class_names(class_names)
+        self.backbone, self.class_names, self.channels = backbone, list(class_names), list(backbone.channels)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], None, None]:
         return self.backbone(images)[0], None, None
-
-    def set_class_names(self, class_names: list[str]) -> None:
-        check_class_names(class_names, len(self.class_names))
-        self.class_names = list(class_names)
 
 
 class DenseCLIP(nn.Module):
     """Semantic segmentation: language-guided encoder, FPN, Semantic FPN head (or UperNet, without a neck).
 
     forward(images (B, 3, H, W)) -> logits (B, K, H, W)
-    forward(images, labels (B, H, W)) -> {"loss", "aux_loss"}, scalars; minimize their sum
-    """
+    forward(images, labels (B, H, W)) -> {"loss", "aux_loss"}, scalars; minimize their sum"""
 
     def __init__(self, encoder: nn.Module, neck: nn.Module, decode_head: nn.Module, name: str, settings: "Settings"):
         super().__init__()
@@ -269,11 +244,8 @@ def pixel_text_scores(visual: Tensor, text: Tensor) -> Tensor:
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy at the labels' size, a scalar.
-
-    logits: (B, K, h, w), any size; labels: (B, H, W)
-    Released code: the mean is over all pixels; ignored ones count as 0.
-    """
+    """Cross-entropy at the labels' size, a scalar. logits: (B, K, h, w), any size; labels: (B, H, W).
+    Released code: the mean is over all pixels; ignored ones count as 0."""
 
     def image_loss(x: Tensor, y: Tensor) -> Tensor:  # (1, K, h, w), (1, H, W) -> sum over pixels
         x = resize(x.contiguous(memory_format=torch.channels_last), y.shape[1:])  # (1, K, H, W)
@@ -285,9 +257,6 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     per_image = zip(logits.float().split(1), labels.split(1), strict=True)
     losses = [checkpoint(image_loss, *each, use_reentrant=False, preserve_rng_state=False) for each in per_image]
     return sum(losses) / labels.numel()
-
-
-# ------------------------------------------------------------------------------------------------ context decoder
 
 
 class Attention(nn.Module):
@@ -310,8 +279,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
-        self.self_attn = Attention(width, heads, dropout)
-        self.cross_attn = Attention(width, heads, dropout)
+        self.self_attn, self.cross_attn = (Attention(width, heads, dropout) for _ in range(2))
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         expand, contract = nn.Linear(width, width * 4), nn.Linear(width * 4, width)
         self.mlp = nn.Sequential(expand, nn.GELU(), nn.Dropout(dropout), contract, nn.Dropout(dropout))
@@ -326,10 +294,7 @@ class DecoderLayer(nn.Module):
 
 class ContextDecoder(nn.Module):
     """TransDecoder of Eqs. (4) and (5): cross-attention from class names (or queries) to image tokens.
-
-    embed_dim: C of text and memory; out_dim: width of the output, C if None
-    Released code: 3 layers, where the paper's text says 6.
-    """
+    embed_dim: C of text and memory; out_dim: of the output, C if None. Released code: 3 layers, the paper says 6."""
 
     def __init__(self, embed_dim: int, out_dim: int | None = None, width: int = 256, layers: int = 3):
         super().__init__()
@@ -337,11 +302,11 @@ class ContextDecoder(nn.Module):
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
         self.decoder = nn.ModuleList(DecoderLayer(width, heads=4, dropout=0.1) for _ in range(layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out_dim or embed_dim))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, text: Tensor, memory: Tensor) -> Tensor:
         """text: (B, K, C); memory: (B, 1 + HW, C); return: v (B, K, out_dim)."""
@@ -353,8 +318,6 @@ class ContextDecoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ settings
-
-
 @dataclass(frozen=True)
 class Preset:
     """A named model: which CLIP, and the sizes and released choices that belong to it."""
@@ -412,21 +375,12 @@ class Settings:
     stored_text: bool | None = None  # set by freeze_text: text embeddings instead of the text encoder; False
 
 
-RANGES = {  # every number that a user may set, in Settings or as an option of a script
-    "num_contexts decoder_layers": (1, 64),
-    "context_length": (5, 1024),
-    "crop_size short_side": (32, 8192),  # pixels
-    "gamma": (-1e3, 1e3),
-    "tau": (1e-4, 1e3),
-    "drop_path": (0, 0.99),
-    "threshold": (0, 1),
-    "lr weight_decay backbone_lr_multiplier text_lr_multiplier power min_lr clip_grad aux_weight fcn_weight": (0, 1e6),
-    "warmup": (0, 10**9),
-    "iterations batch_size accumulate eval_every save_every log_every": (1, 10**9),
-    "ignore_index": (-1, 65535),  # masks have 16 bits at most
-    "seed": (0, 2**32 - 1),
-    "workers": (0, 256),
-}
+# Every number that a user may set, in Settings or as an option of a script.
+RANGES = {"gamma": (-1e3, 1e3), "tau": (1e-4, 1e3), "drop_path": (0, 0.99), "threshold": (0, 1), "workers": (0, 256)}
+RANGES |= {"num_contexts decoder_layers": (1, 64), "context_length": (5, 1024), "crop_size short_side": (32, 8192)}
+RANGES |= {"lr weight_decay backbone_lr_multiplier text_lr_multiplier power min_lr clip_grad": (0, 1e6)}
+RANGES |= {"iterations batch_size accumulate eval_every save_every log_every": (1, 10**9), "warmup": (0, 10**9)}
+RANGES |= {"aux_weight fcn_weight": (0, 1e6), "seed": (0, 2**32 - 1), "ignore_index": (-1, 65535)}  # of 16-bit masks
 RANGES = {name: limits for names, limits in RANGES.items() for name in names.split()}
 
 
@@ -437,9 +391,8 @@ def check_ranges(values: dict) -> None:
             raise ValueError(f"{name} is {value}, it must be from {low} to {high}")
 
 
-def resolve(settings: Settings, preset: Preset) -> Settings:
+def resolve(s: Settings, preset: Preset) -> Settings:
     """The settings with defaults filled in. What would have no effect stays None, and a ValueError if it was given."""
-    s = settings
     for name, kind in Settings.__annotations__.items():
         value = getattr(s, name)
         number = type(value) is int and isinstance(0.0, kind)  # a whole number where fractions are possible
@@ -488,9 +441,6 @@ def resolve(settings: Settings, preset: Preset) -> Settings:
     return s
 
 
-# ------------------------------------------------------------------------------------------------ factories
-
-
 def build_model(name: str, class_names: list[str], clip: str | None = None, **settings) -> DenseCLIP:
     """A segmentation model: preset `name`, CLIP's weights `clip`, and `settings` as `build_encoder` takes them."""
     if name not in PRESETS:
@@ -502,26 +452,20 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
         neck, decode_head = FPN(encoder.channels, preset.channels), SemanticFPNHead(len(class_names), preset.channels)
     else:
         neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * preset.channels)
-    model = DenseCLIP(encoder, neck, decode_head, name, resolved)
-    return model.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    return DenseCLIP(encoder, neck, decode_head, name, resolved).to(memory_format=torch.channels_last)  # the fastest
 
 
 def build_encoder(
     preset: Preset,
     class_names: list[str],
-    clip: str | None = None,
+    clip: str | None = None,  # CLIP's weights by name or path, see `clip_model.load_clip`; None: random
     backbone: str | nn.Module | None = None,
-    backbone_weights: str | None = None,
-    **settings,
+    backbone_weights: str | None = None,  # of a backbone by name: torchvision's name for them, a path; None: random
+    **settings,  # fields of `Settings`
 ) -> tuple[LanguageGuidedEncoder | PlainEncoder, Settings]:
     """The encoder of any dense task, without a head, and its settings with defaults filled in.
-
-    clip:     CLIP's weights by name or path (see `clip_model.load_clip`); None: random
-    backbone: image encoder instead of CLIP's: a name in backbones.PYRAMIDS, whose `backbone_weights` are torchvision's
-              name for them, a path, or None: random; "package.module:function", which returns a module; or a module of
-              your own, images (B, 3, H, W) -> four maps (B, C_i, H_i, W_i), or a backbones.AttentionPoolBackbone of it
-    settings: fields of `Settings`
-    """
+    backbone: image encoder instead of CLIP's: a name in backbones.PYRAMIDS; "package.module:function", which returns a
+    module; or a module of your own, images (B, 3, H, W) -> four maps (B, C_i, H_i, W_i)."""
     name = type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone
     if backbone_weights is not None and (name is not backbone or backbone is None or ":" in backbone):
         raise ValueError(f"backbone_weights={backbone_weights} would have no effect: they belong to a backbone by name")
@@ -533,11 +477,8 @@ def build_encoder(
     if backbone is not None:  # imports are here, so that for ResNets a copy of this file works without backbones.py
         from backbones import AttentionPoolBackbone, build_backbone
 
-        image_encoder = build_backbone(name, backbone_weights, s.drop_path) if backbone is name else backbone
-        if not isinstance(image_encoder, AttentionPoolBackbone):
-            image_encoder = AttentionPoolBackbone(image_encoder, embed_dim, s.crop_size, s.imagenet_normalize)
-        if (found := image_encoder.embed_dim) != embed_dim:
-            raise ValueError(f"the backbone's pool has embed_dim={found}, but this model needs {embed_dim}")
+        module = build_backbone(name, backbone_weights, s.drop_path) if backbone is name else backbone
+        image_encoder = AttentionPoolBackbone(module, embed_dim, s.crop_size, s.imagenet_normalize)
     elif a.patch_size:
         from backbones import PyramidViT
 
@@ -550,17 +491,13 @@ def build_encoder(
     else:
         sizes = {"width": preset.decoder_width, "layers": s.decoder_layers}
         stored = StoredText(torch.zeros(1, len(class_names), a.embed_dim)) if s.stored_text else None
-        encoder = LanguageGuidedEncoder(
-            image_encoder,
-            stored or TextEncoder(replace(a, context_length=s.context_length), s.quick_gelu),
-            class_names,
-            prompt_decoder=ContextDecoder(a.embed_dim, a.text_width, **sizes) if source == "image" else None,
-            context_decoder=ContextDecoder(a.embed_dim, **sizes) if refined else None,
-            num_contexts=0 if s.stored_text else s.num_contexts or 0,
-            **{name: getattr(s, name) for name in ("gamma", "learn_gamma", "join_score_map")},
-            score_temperature=s.tau if preset.detection else 1.0,
-            templates=s.templates or ("{}",),
-        )
+        text = stored or TextEncoder(replace(a, context_length=s.context_length), s.quick_gelu)
+        prompt_decoder = ContextDecoder(a.embed_dim, a.text_width, **sizes) if source == "image" else None
+        context_decoder = ContextDecoder(a.embed_dim, **sizes) if refined else None
+        options = {"gamma": s.gamma, "learn_gamma": s.learn_gamma, "join_score_map": s.join_score_map}
+        options |= {"num_contexts": 0 if stored else s.num_contexts or 0, "templates": s.templates or ("{}",)}
+        options["score_temperature"] = s.tau if preset.detection else 1.0
+        encoder = LanguageGuidedEncoder(image_encoder, text, class_names, prompt_decoder, context_decoder, **options)
     if clip is not None:
         load_clip_weights(encoder, a, clip)
     return encoder, s
@@ -570,8 +507,7 @@ def check_class_names(class_names: list[str], number: int = 0) -> None:
     """A ValueError unless class_names is a list of different, non-empty names, as many as `number` if that is not 0."""
     if isinstance(class_names, str) or not class_names or not all(class_names):
         raise ValueError(f"expected a list of class names, none of them empty, got {class_names!r}")
-    repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in class_names if list(class_names).count(name) > 1}):
         raise ValueError(f"class names must differ, but {', '.join(map(repr, repeated))} occurs more than once")
     if number and len(class_names) != number:
         how = f"whose head needs {number}; predict.py --classes draws score maps of any names"
@@ -588,28 +524,21 @@ def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> 
     if isinstance(encoder, LanguageGuidedEncoder):
         text = {key: value for key, value in weights.items() if not key.startswith(("visual.", "logit_scale"))}
         clip_model.load_weights(encoder.text_encoder, text, clip)
-    if not isinstance(encoder.backbone, (ResNet, VisionTransformer)):
-        return
-    state = encoder.backbone.state_dict()
-    visual = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
-    for key in ("positional_embedding", "attnpool.positional_embedding"):
-        if key in visual and key in state:
-            grid = round((len(state[key]) - 1) ** 0.5)
-            visual[key] = clip_model.resize_positions(visual[key], (grid, grid))
-    if isinstance(encoder, PlainEncoder):  # no projection to the text's space
-        visual = {key: value for key, value in visual.items() if not key.startswith(("attnpool.", "ln_post.", "proj"))}
-    new = {key: value for key, value in state.items() if key.startswith("fpn")}  # PyramidViT's, not in CLIP
-    clip_model.load_weights(encoder.backbone, {**new, **visual}, clip)
+    if isinstance(encoder.backbone, (ResNet, VisionTransformer)):
+        state = encoder.backbone.state_dict()
+        visual = {key: value for key, value in state.items() if key.startswith("fpn")}  # PyramidViT's, not in CLIP
+        visual |= {key: weights[f"visual.{key}"] for key in state if f"visual.{key}" in weights}
+        for key in visual:  # the positional embeddings of a ViT, or of attnpool, which the baselines do not have
+            if key.endswith("positional_embedding"):
+                grid = round((len(state[key]) - 1) ** 0.5)
+                visual[key] = clip_model.resize_positions(visual[key], (grid, grid))
+        clip_model.load_weights(encoder.backbone, visual, clip)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
 def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
     """Write the model's name, settings, class names and weights, and `extra`: only tensors and built-in types.
-
-    The file gets its name once it is complete: after a crash, or if a weight is not finite, the previous one is kept.
-    """
+    The file is renamed once it is complete: after a crash, or if a weight is not finite, the previous one is kept."""
     for name, value in model.named_parameters():
         if not torch.isfinite(value).all():
             raise ValueError(f"{path} was left as it is: {name} is not finite; a lower --lr or --clip-grad may help")
@@ -626,27 +555,21 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
     except (OSError, RuntimeError) as error:  # torch wraps what stopped its writing, such as a full disk or Ctrl-C
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
-        raise OSError(
-            f"{path} was left as it is: writing failed, is the disk full? ({error.__context__ or error})"
-        ) from None
+        reason = error.__context__ or error
+        raise OSError(f"{path} was left as it is: writing failed, is the disk full? ({reason})") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-FIELDS = {"name": str, "settings": dict, "class_names": list, "model": dict, "run": dict, "data": dict}
-FIELDS |= {"iteration": int, "best": float, "optimizer": dict, "random_states": list}
-
-
 def read_checkpoint(path: str | Path) -> dict:
-    """The dictionary that `save_checkpoint` wrote, on the CPU; a ValueError for any other file.
-
-    Its fields have the types in FIELDS; all but the first four may be missing.
-    """
+    """The dictionary that `save_checkpoint` wrote, on the CPU; a ValueError for any other file."""
     checkpoint = clip_model.read_tensors(path)
     if not isinstance(checkpoint, dict) or not {"name", "settings", "class_names", "model"} <= checkpoint.keys():
         how = f"if it is of the authors' release, convert it: python convert.py {path} OURS.pt"
         raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote; {how}")
-    types = {name: isinstance(checkpoint[name], kind) for name, kind in FIELDS.items() if name in checkpoint}
+    kinds = {"name": str, "settings": dict, "class_names": list, "model": dict, "run": dict, "data": dict}
+    kinds |= {"iteration": int, "best": float, "optimizer": dict, "random_states": list}
+    types = {name: isinstance(checkpoint[name], kind) for name, kind in kinds.items() if name in checkpoint}
     types["class_names"] = types["class_names"] and all(isinstance(name, str) for name in checkpoint["class_names"])
     types["model"] = types["model"] and all(isinstance(value, Tensor) for value in checkpoint["model"].values())
     if wrong := [name for name, right in types.items() if not right]:
@@ -654,43 +577,32 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> DenseCLIP:
-    """The segmentation model saved by train.py, in evaluation mode on the CPU. Options: see `restore_model`.
-
-    Also calls `keep_memory`: this process then keeps the memory that it frees.
-    """
-    return restore_model(read_checkpoint(path), path, build_model, class_names, backbone)
+def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -> DenseCLIP:
+    """The segmentation model saved by train.py, in evaluation mode on the CPU. Options: see `restore_model`."""
+    return restore_model(read_checkpoint(path), path, build_model, backbone)
 
 
-def restore_model(checkpoint: dict, path: str | Path, build: Callable, class_names=None, backbone=None) -> nn.Module:
-    """The model in what `read_checkpoint` read from path; `build` is build_model, of this file or detection.py.
-
-    class_names: list of other names for the same classes, such as synonyms
-    backbone:    module or string of your own, as it was given for training; a checkpoint alone never imports code
-    """
+def restore_model(checkpoint: dict, path: str | Path, build: Callable, backbone=None) -> nn.Module:
+    """The model in what `read_checkpoint` read from path; build: build_model, of this file or detection.py.
+    backbone: module or string of your own, as it was given for training; a checkpoint alone never imports code."""
     settings = dict(checkpoint["settings"])
-    if ":" in str(settings.get("backbone")) and backbone is None:
-        how = f"--backbone {settings['backbone']} imports it"
-        raise ValueError(f"{path}: its backbone is code that is not in the file; {how}")
-    settings["backbone"] = settings.get("backbone") if backbone is None else backbone
+    saved = settings.pop("backbone", None)
+    if backbone is None and ":" in str(saved):
+        raise ValueError(f"{path}: its backbone is code that is not in the file; --backbone {saved} imports it")
+    settings["backbone"] = saved if backbone is None else backbone
     try:
-        Settings(**{**settings, "backbone": None})  # no other names, such as "clip"
+        Settings(**settings)  # no other names, such as "clip"
         model = build(checkpoint["name"], checkpoint["class_names"], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its model cannot be built: {error}") from None
     clip_model.load_weights(model, checkpoint["model"], str(path))
-    if class_names is not None:
-        model.encoder.set_class_names(class_names)
     keep_memory()
     return model.eval()
 
 
 def keep_memory() -> None:
-    """From now on, this process keeps the memory that it frees, for its next tensors. For CPUs, on Linux with glibc.
-
-    Otherwise large blocks go back to the system at once, and mapping new ones takes up to a quarter of the time of
-    inference, a third in training (experiments/benchmark.py measures it). PyTorch does the same on GPUs.
-    """
+    """From now on, this process keeps the memory that it frees, for its next tensors, as PyTorch does on GPUs. On Linux
+    with glibc, mapping it anew takes up to a quarter of the time of inference on CPUs, a third in training."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends with it

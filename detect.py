@@ -8,8 +8,7 @@
 
 Data is a folder of images and a JSON file in COCO's format, with polygons or RLE masks for Mask R-CNN; the file's
 categories are the classes. The loop is train.py's: same options, --resume, files in --out. `train` and `eval` need
-pycocotools; `predict` needs it only to write masks into its JSON.
-"""
+pycocotools; `predict` needs it only to write masks into its JSON."""
 
 import argparse
 import json
@@ -26,13 +25,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import coco
-from coco import CocoDetection, DetectionTransform, detection_limits, evaluate_detection, find_coco, format_ap_table
+from coco import CocoDetection, DetectionTransform, evaluate_detection, find_coco, format_ap_table
 from data import default_colors, look_at_all, run_script, to_rgb
 from denseclip import check_ranges, read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
 from eval import start_process, this_process
 from predict import find_images, for_each_image, open_photo, prepare_outputs, replacing
-from train import Recipe, add_options, choose_model, complete, find_run, parse_settings, start_model, train
+from train import LOOP, Recipe, add_options, choose_model, complete, find_run, start_model, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
 RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="step", clip_grad=0.1)
@@ -41,34 +40,29 @@ RECIPE = Recipe(iterations=None, lr=None, batch_size=16, warmup=500, schedule="s
 def train_detector(args: argparse.Namespace) -> None:
     if args.train and not args.val:
         raise ValueError("--train also needs --val: a folder of images and a JSON file to score the model on")
-    resume = find_run(args.out, args.resume)
+    args.resume = find_run(args.out, args.resume)
     train_files = args.train or find_coco(args.data, "train")
     val_files = args.val or find_coco(args.data, "val")
-    own = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")}
-    name, settings, saved = choose_model(PRESETS, args.model, args.init, resume, own | parse_settings(args.set))
-    limits, load_masks = detection_limits(settings.get("short_side", 800)), name.startswith("mask")
-    train_set = CocoDetection(*train_files, DetectionTransform(limits, flip=0.5), load_masks=load_masks, train=True)
+    name, settings, weights = choose_model(PRESETS, vars(args))
+    side, load_masks = settings.get("short_side", 800), name.startswith("mask")
+    train_set = CocoDetection(*train_files, DetectionTransform(side, flip=0.5), load_masks=load_masks, train=True)
     names = train_set.class_names
-    val_set = CocoDetection(*val_files, DetectionTransform(limits), names, load_masks=load_masks)
-    chosen = {name: getattr(args, name) for name in ("init", "clip", "backbone_weights", "seed", "device")}
-    preset = PRESETS[name].encoder
-    model, weights, device = start_model(build_model, name, preset, names, settings, saved, resume, **chosen)
-
-    rank, world = this_process()
-    epoch = train_set.sampler(args.batch_size, 0, 0, 1, 0).size  # images
+    val_set = CocoDetection(*val_files, DetectionTransform(side), names, load_masks=load_masks)
+    model, device = start_model(build_model, name, names, settings, weights, vars(args))
+    (rank, world), batch_size = this_process(), args.batch_size or RECIPE.batch_size
+    epoch = train_set.sampler(batch_size, 0, 0, 1, 0).size  # images
     lr = (2e-4 if load_masks else 1e-4) if args.lr is None else args.lr  # the paper's
-    known = {"iterations": args.iterations or 12 * epoch // args.batch_size, "lr": lr, **weights}
+    known = {"iterations": args.iterations or 12 * epoch // batch_size, "lr": lr, **weights}
     recipe = complete(RECIPE, vars(args) | known)
     if rank == 0:
         print(f"{train_set.summary()}\n{val_set.summary()}\n{model.name}, {world} x {device}")
-        if args.check and not resume:
+        if args.check and not args.resume:
             look_at_all(lambda i: val_set[i][2], len(val_set), "checking validation images", args.workers)
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
-    own = ("accumulate", "recompute", "workers", "eval_every", "save_every", "log_every")
-    loop = {name: getattr(args, name) for name in own}
+    loop = {name: getattr(args, name) for name in LOOP}
     loop |= {"score": "box_ap", "data": {"val": [str(Path(path).resolve()) for path in val_files]}}
     evaluate_model = partial(evaluate_detection, dataset=val_set, device=device, workers=args.workers)
-    metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, resume=resume, **loop)
+    metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, **loop)
     if rank == 0:
         print(format_ap_table(metrics, names))
         print(f"weights: {args.out / 'best.pt'} (best box AP), {args.out / 'last.pt'}; log: {args.out / 'log.jsonl'}")
@@ -78,13 +72,12 @@ def score_detector(args: argparse.Namespace) -> None:
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     model = restore_model(checkpoint, args.checkpoint, build_model, backbone=args.backbone).to(device)
-    limits = detection_limits(args.short_side or model.short_side)
     files = args.val or (not args.data and checkpoint.get("data", {}).get("val"))
     files = files or find_coco(args.data or "data/coco", "val")
     if gone := [path for path in files if not Path(path).exists()]:
         raise FileNotFoundError(f"{gone[0]}: no such validation set; give --val IMAGES JSON")
-    names, load_masks = model.class_names, model.name.startswith("mask")
-    dataset = CocoDetection(*files, DetectionTransform(limits), names, load_masks=load_masks)
+    names, transform = model.class_names, DetectionTransform(args.short_side or model.short_side)
+    dataset = CocoDetection(*files, transform, names, load_masks=model.name.startswith("mask"))
     if rank == 0:
         print(dataset.summary())
     metrics = evaluate_detection(model, dataset, device, save_results=args.save_results, workers=args.workers)
@@ -95,14 +88,11 @@ def score_detector(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def predict(model: Detector, image: Image.Image, short_side: int | None = None) -> Instances:
     """What `model` finds in an image of any size, which is resized to the scale of training or to `short_side` pixels.
-
     image:  for example `open_photo("photo.jpg")`, which applies the EXIF orientation; PIL.Image.open does not
-    return: in pixels of the image, best first: boxes (N, 4), scores (N,), labels (N,), for Mask R-CNN masks (N, H, W)
-    """
+    return: in its pixels, best first: boxes (N, 4), scores (N,), labels (N,), and for Mask R-CNN masks (N, H, W)"""
     check_ranges({"short_side": short_side})
     pixels = torch.from_numpy(np.array(to_rgb(image, "the image"))).permute(2, 0, 1)  # (3, H, W) uint8
-    transform = DetectionTransform(detection_limits(short_side or model.short_side))
-    resized, _ = transform(pixels, {"boxes": torch.zeros(0, 4)})  # (3, h, w) float
+    resized, _ = DetectionTransform(short_side or model.short_side)(pixels, {"boxes": torch.zeros(0, 4)})  # (3, h, w)
     return model([resized.to(next(model.parameters()).device)], sizes=[pixels.shape[1:]])[0]
 
 
@@ -149,8 +139,7 @@ def predict_files(args: argparse.Namespace) -> None:
         photo = open_photo(path)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             found = predict(model, photo, args.short_side)
-        number = int((found["scores"] >= args.threshold).sum())
-        found = {name: value[:number] for name, value in found.items()}
+        found = {name: value[found["scores"] >= args.threshold] for name, value in found.items()}
         results = coco.to_results(found, len(images) + 1, ids)
         with replacing([pictures[path]]) as (part,):
             draw_detections(photo, found, names).save(part)
@@ -162,8 +151,8 @@ def predict_files(args: argparse.Namespace) -> None:
     finally:  # what was found before Ctrl-C, too
         if images:
             categories = [{"id": k, "name": name} for k, name in zip(ids, names, strict=True)]
+            content = {"images": images, "categories": categories, "annotations": annotations}
             with replacing([file]) as (part,):
-                content = {"images": images, "categories": categories, "annotations": annotations}
                 part.write_text(json.dumps(content), encoding="utf-8")
     where = f"; detections in {file}" if images else ""
     print(f"{len(images)} pictures written to {args.out}, {failed} images failed{where}")
@@ -178,19 +167,16 @@ def main() -> None:
     raw["usage"] = "python %(prog)s [options]"
     training, scoring, predicting = (commands.add_parser(name, **raw) for name in work)
     files = {"nargs": 2, "metavar": ("IMAGES", "JSON"), "help": "folder and file, instead of --data"}
-
     first = training.add_argument_group("what most runs need").add_argument
     first("--train", **files)
     first("--val", **files)
     first("--data", default="data/coco", metavar="ROOT", help="data set (default: %(default)s)")
     add_options(training, first, PRESETS, RECIPE, "runs/detector")
-
     option = scoring.add_argument
     option("--data", metavar="ROOT", help="data set (default: training's validation set, or data/coco)")
     option("--val", **files)
     option("--save-results", type=Path, metavar="FILE", help="write the detections there, in COCO's JSON format")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")
-
     option = predicting.add_argument
     option("paths", nargs="+", metavar="PATHS", help='images, folders and patterns such as "photos/*.jpg"')
     option("--out", type=Path, default=Path("detections"), metavar="DIR", help="(default: %(default)s)")

@@ -8,15 +8,13 @@ and a comment "Released code" says what differs.
     model.train(); losses = model(images, targets)  # images: list of (3, H, W), RGB in [0, 1], any sizes
     model.eval(); detections = model(images)        # list of dicts: boxes, scores, labels; masks for Mask R-CNN
 
-    paper      here                  shape
-    ---------  --------------------  -------------------------------------------------------------------------
-    x1 .. x4   pyramid               four maps (B, C_i, H_i, W_i); s / tau is concatenated to the last
-    s          score_map             (B, K, H4, W4)          cosine similarity of every pixel and every class name
-    y~         box_map               (B, K, H / 4, W / 4)    1 inside the boxes of a class
-    P2 .. P7   features              FPN levels by name, Pi is (B, C, H / 2^i, W / 2^i)
+    paper     here       shape
+    x1 .. x4  pyramid    four maps (B, C_i, H_i, W_i); s / tau is concatenated to the last
+    s         score_map  (B, K, H4, W4)        cosine similarity of every pixel and every class name
+    y~        box_map    (B, K, H / 4, W / 4)  1 inside the boxes of a class
+    P2 .. P7  features   FPN levels by name, Pi is (B, C, H / 2^i, W / 2^i)
 
-K classes, A anchors of all levels, N boxes (x1, y1, x2, y2) in pixels, labels int64 in [0, K); H4 = H / 32.
-"""
+K classes, A anchors of all levels, N boxes (x1, y1, x2, y2) in pixels, labels int64 in [0, K); H4 = H / 32."""
 
 from collections import namedtuple
 from dataclasses import replace
@@ -25,9 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection import mask_rcnn, retinanet, roi_heads, rpn
+from torchvision.models.detection import anchor_utils, mask_rcnn, retinanet, roi_heads, rpn
 from torchvision.models.detection._utils import BoxCoder, Matcher  # private; checked in torchvision 0.21 and 0.29
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align, sigmoid_focal_loss
@@ -46,17 +43,12 @@ Features = dict[str, Tensor]  # FPN levels by name
 Outputs = dict[str, Tensor] | list[Instances]  # losses in training, detections in evaluation
 
 
-# ------------------------------------------------------------------------------------------------ the method
-
-
 class Detector(nn.Module):
     """Language-guided encoder, FPN, and the head of RetinaNet or Mask R-CNN.
-
-    encoder: from `denseclip.build_encoder`; concatenates the score map, divided by tau, to the last map
-    neck:    pyramid -> FPN levels by name
-    head:    (features, ImageList, targets) -> losses in training, detections in evaluation
-    settings: temperature and weight of the auxiliary loss, Eq. (8); with `name`, what a checkpoint holds of the model
-    """
+    encoder:  from `denseclip.build_encoder`; concatenates the score map, divided by tau, to the last map
+    neck:     pyramid -> FPN levels by name
+    head:     (features, ImageList, targets) -> losses in training, detections in evaluation
+    settings: temperature and weight of the auxiliary loss, Eq. (8); a checkpoint holds them and the `name`"""
 
     def __init__(self, encoder: nn.Module, neck: nn.Module, head: nn.Module, name: str, settings: Settings):
         super().__init__()
@@ -67,29 +59,24 @@ class Detector(nn.Module):
 
     def forward(self, images: list[Tensor], targets: Targets = None, sizes: list[Size] | None = None) -> Outputs:
         """Losses in training, detections in evaluation.
-
         images:  (3, H, W) each, RGB in [0, 1], of any sizes; normalized and padded here, resized in `detect.predict`
         targets: for training, per image: boxes (N, 4) float, labels (N,) int64, and for Mask R-CNN masks (N, H, W), 0/1
         sizes:   (H, W) per image, to which its detections are scaled; by default the sizes of the images
         return:  {name: loss}, to be summed and minimized; or per image, best first, at most 100: boxes (N, 4),
-                 scores (N,), labels (N,), and for Mask R-CNN masks (N, H, W) bool
-        """
+                 scores (N,), labels (N,), and for Mask R-CNN masks (N, H, W) bool"""
         batch = batch_images(images)  # (B, 3, H, W), H and W multiples of 32
         if self.training:
             check_targets(images, targets, needs_masks=isinstance(self.head, MaskRCNN))
-
         # Eqs. (1) to (6), then FPN
         features, score_map = self.extract_features(batch.tensors)  # {"p5": (B, C, H4, W4), ...}, (B, K, H4, W4)
         outputs = self.head(features, batch, targets)  # {name: loss}, or per image boxes (N, 4), scores (N,), ...
         if not self.training:
-            per_image = zip(outputs, batch.image_sizes, sizes or batch.image_sizes, strict=True)
-            for found, (height, width), size in per_image:
-                scale = found["boxes"].new_tensor((size[1] / width, size[0] / height) * 2)  # (4,)
+            for found, (h, w), size in zip(outputs, batch.image_sizes, sizes or batch.image_sizes, strict=True):
+                scale = found["boxes"].new_tensor((size[1] / w, size[0] / h) * 2)  # (4,)
                 found["boxes"] = found["boxes"] * scale  # (N, 4)
                 if "masks" in found:
                     found["masks"] = paste_masks(found["masks"], found["boxes"], size)  # (N, H, W)
             return outputs
-
         if score_map is not None and self.aux_weight:  # Eq. (8): BCE(sigmoid(s / tau), y~)
             aux_loss = box_text_loss(score_map / self.tau, targets, batch.tensors.shape[-2:])  # scalar
             outputs["aux_loss"] = self.aux_weight * aux_loss
@@ -131,10 +118,8 @@ def check_targets(images: list[Tensor], targets: Targets, needs_masks: bool) -> 
 
 def box_text_loss(logits: Tensor, targets: list[Instances], size: Size) -> Tensor:
     """Binary cross-entropy of every pixel and class at stride 4, with the boxes as ground truth, Eq. (8).
-
     logits: (B, K, H4, W4), s / tau; size: (H, W) of the padded images
-    Released code: only pixels inside a box count. (It returns NaN if no box covers any; here the loss is 0.)
-    """
+    Released code: only pixels inside a box count. (It returns NaN if no box covers any; here the loss is 0.)"""
     height, width = size[0] // 4, size[1] // 4
     logits = resize(logits.float(), (height, width))  # (B, K, H / 4, W / 4)
     y = torch.stack([box_map(t["boxes"], t["labels"], logits.shape[1], height, width) for t in targets])
@@ -155,11 +140,8 @@ def box_map(boxes: Tensor, labels: Tensor, num_classes: int, height: int, width:
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
-    """Resizes each mask bilinearly to its box in the image and thresholds it at 0.5.
-
-    masks: (N, M, M) probabilities; boxes: (N, 4); size: (H, W) of the image; return: (N, H, W) bool
-    Released code: boxes are not rounded to whole pixels, as they are in torchvision.
-    """
+    """Resizes each mask (N, M, M) bilinearly to its box (N, 4) in an image of (H, W) pixels: (N, H, W), whether its
+    probability is 0.5 or more. Released code: boxes are not rounded to whole pixels, as they are in torchvision."""
     weights = []  # of every mask cell at every row, (N, H, M), and at every column, (N, W, M)
     x1, y1, x2, y2 = boxes.unbind(1)
     for start, end, length in ((y1, y2, size[0]), (x1, x2, size[1])):
@@ -174,9 +156,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
     return pasted
 
 
-# ------------------------------------------------------------------------------------------------ retinanet
-
-
+# ------------------------------------------------------------------------------------------------ RetinaNet
 class RetinaNetFPN(FPN):
     """P3 to P5 from x2 .. x4 by FPN; P6 from x4 and P7 from P6 by strided convolutions."""
 
@@ -238,9 +218,7 @@ class RetinaNet(nn.Module):
         return postprocess(boxes[:, None].expand(-1, scores.shape[1], -1), scores[kept], size)
 
 
-# ------------------------------------------------------------------------------------------------ mask r-cnn
-
-
+# ------------------------------------------------------------------------------------------------ Mask R-CNN
 class MaskRCNNFPN(FPN):
     """P2 to P5 from x1 .. x4 by FPN; P6 is P5 subsampled, for region proposals only."""
 
@@ -329,11 +307,9 @@ class RoIHeads(roi_heads.RoIHeads):
         logits, deltas = self.predict_boxes(features, boxes)  # (N, K + 1), (N, 4 K)
         positive, class_targets = torch.cat(labels) > 0, (torch.cat(labels) - 1) % logits.shape[1]  # (N,), (N,)
         class_loss = F.cross_entropy(logits, class_targets)  # scalar
-
         # Released code: L1, not smooth L1
         deltas = gather_class(deltas[positive].unflatten(1, (-1, 4)), class_targets[positive])  # (P, 4)
         box_loss = F.l1_loss(deltas, torch.cat(delta_targets)[positive], reduction="sum") / len(positive)  # scalar
-
         # Released code: mask targets are 0 or 1 even after resizing
         boxes = [box[label > 0] for box, label in zip(boxes, labels, strict=True)]  # (n, 4) per image
         logits = gather_class(self.predict_masks(features, boxes), class_targets[positive])  # (P, 28, 28)
@@ -348,8 +324,7 @@ class RoIHeads(roi_heads.RoIHeads):
 
     def predict_boxes(self, features: Features, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits (N, K + 1), the background last, and deltas (N, 4 K) of the boxes of all images."""
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes)))
-        return logits.float(), deltas.float()
+        return tuple(x.float() for x in self.box_predictor(self.box_head(self.box_roi_pool(features, boxes))))
 
     def predict_masks(self, features: Features, boxes: list[Tensor]) -> Tensor:
         """Mask logits (N, K, 28, 28) inside the boxes of all images."""
@@ -380,23 +355,19 @@ def gather_class(x: Tensor, labels: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ anchors and boxes
-
-
-class Anchors(AnchorGenerator):
-    """Anchors centered on the top left corner of each cell: scale * stride pixels, height / width 0.5, 1 and 2."""
+class Anchors(anchor_utils.AnchorGenerator):
+    """Anchors centered on the top left corner of each cell: scale * stride pixels, height / width 0.5, 1 and 2.
+    Released code: sides are not rounded; strides are powers of two, even if the size of a level was rounded up."""
 
     def __init__(self, strides: tuple[int, ...], scales: tuple[float, ...]):
-        super().__init__([[scale * stride for scale in scales] for stride in strides], [[0.5, 1.0, 2.0]] * len(strides))
-        self.strides = strides
-
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
-        # Released code: sides are not rounded.
-        sizes, ratios = (torch.tensor(values, dtype=dtype, device=device) for values in (scales, aspect_ratios))
-        widths, heights = (sizes / ratios.sqrt()[:, None]).flatten(), (sizes * ratios.sqrt()[:, None]).flatten()
-        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2  # (anchors per cell, 4)
+        super().__init__()
+        self.strides, self.cell_anchors, ratios = strides, [], torch.tensor([0.5, 1.0, 2.0]).sqrt()[:, None]
+        for stride in strides:
+            sides = torch.tensor([float(scale * stride) for scale in scales])
+            widths, heights = (sides / ratios).flatten(), (sides * ratios).flatten()
+            self.cell_anchors.append(torch.stack([-widths, -heights, widths, heights], dim=1) / 2)  # (per cell, 4)
 
     def forward(self, images: ImageList, features: list[Tensor]) -> list[Tensor]:
-        # Released code: strides are powers of two, even if the size of a level was rounded up.
         self.set_cell_anchors(torch.float32, features[0].device)
         levels = self.grid_anchors([x.shape[-2:] for x in features], [(stride, stride) for stride in self.strides])
         return [torch.cat(levels)] * len(images.image_sizes)  # (A, 4) per image
@@ -427,27 +398,20 @@ class ClampedBoxCoder(BoxCoder):
 
 
 def postprocess(boxes: Tensor, scores: Tensor, size: Size) -> Instances:
-    """Detections of one image: score threshold, clipping, NMS within each class, the best 100.
-
-    boxes: (N, K, 4), one per class or the same for all; scores: (N, K); size: (H, W) of the image
-    """
+    """Detections of one image: score threshold, clipping, NMS within each class, the best 100. boxes: (N, K, 4), one
+    per class or the same for all; scores: (N, K); size: (H, W) of the image."""
     row, labels = (scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
     boxes, scores = clip_boxes_to_image(boxes[row, labels], size), scores[row, labels]
     keep = batched_nms(boxes, scores, labels, NMS_THRESHOLD)[:DETECTIONS]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
 
-# ------------------------------------------------------------------------------------------------ factories
-
-
 DetectorPreset = namedtuple("DetectorPreset", ["head", "neck", "encoder"])  # two classes and a denseclip.Preset
-PRESETS = {  # with the released positional grid and weight of the auxiliary loss
-    f"{kind}_{name}": DetectorPreset(
-        *parts, replace(denseclip.PRESETS[name], crop_size=size, aux_weight=1.0, detection=True)
-    )
-    for kind, parts in {"retinanet": (RetinaNet, RetinaNetFPN), "mask_rcnn": (MaskRCNN, MaskRCNNFPN)}.items()
-    for name, size in {"rn50": 1344, "rn101": 1344, "tiny": 640}.items()  # tiny: for a CPU
-}
+PRESETS = {}
+for name, size in {"rn50": 1344, "rn101": 1344, "tiny": 640}.items():  # pixels of the released grid; tiny: for a CPU
+    preset = replace(denseclip.PRESETS[name], crop_size=size, aux_weight=1.0, detection=True)
+    PRESETS[f"retinanet_{name}"] = DetectorPreset(RetinaNet, RetinaNetFPN, preset)
+    PRESETS[f"mask_rcnn_{name}"] = DetectorPreset(MaskRCNN, MaskRCNNFPN, preset)
 
 
 def build_model(name: str, class_names: list[str], clip: str | None = None, **settings) -> Detector:
@@ -460,6 +424,6 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
     return Detector(encoder, neck, head, name, resolved).to(memory_format=torch.channels_last)
 
 
-def load_checkpoint(path: str | Path, class_names: list[str] | None = None, backbone=None) -> Detector:
+def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -> Detector:
     """The detector saved by detect.py, in evaluation mode on the CPU. Options: see `denseclip.restore_model`."""
-    return restore_model(read_checkpoint(path), path, build_model, class_names, backbone)
+    return restore_model(read_checkpoint(path), path, build_model, backbone)

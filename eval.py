@@ -5,10 +5,9 @@
     python eval.py --checkpoint best.pt --val IMAGES MASKS --save-masks predicted
     torchrun --standalone --nproc_per_node 8 eval.py --checkpoint runs/rn50/best.pt
 
-The checkpoint knows its model, settings, class names, how masks were read, and training's validation set.
-The protocol is the released code's: resize the image to fit (2048, crop size), average the logits of overlapping
-windows, resize them to the image's original size, softmax. train.py calls `evaluate` from here.
-"""
+The checkpoint knows its model, settings, class names, how masks were read, and training's validation set. The protocol
+is the released code's: resize an image to fit (2048, crop size), average the logits of overlapping windows, resize them
+to the original size, softmax."""
 
 import argparse
 import os
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -35,8 +33,6 @@ SHORTEST = 32  # pixels that every model needs per side
 WINDOWS_PER_BATCH = 4  # windows of one image that go through the model together
 STRIP = 2**20  # probabilities that are computed at once, so that they fit in a processor's cache; on a GPU 64 times
 
-# ------------------------------------------------------------------------------------------------ prediction
-
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:
     """Where the windows along one side start (pixels). The last one is moved back inside; a short side has one at 0."""
@@ -45,31 +41,26 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
 
 
 def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -> Tensor:
-    """Logits of whole images from overlapping square windows, averaged where they overlap.
+    """Logits (B, K, H, W), float32, of images (B, 3, H, W): averages over the square windows that hold a pixel.
 
-    images: (B, 3, H, W) normalized; a side shorter than the window is taken whole, without padding, unless it is
-            shorter than SHORTEST: then its last row or column is repeated
-    window, stride: pixels
-    return: (B, K, H, W) logits, float32
-    """
+    window, stride: pixels. A side shorter than the window is taken whole, without padding, unless it is shorter than
+    SHORTEST: then its last row or column is repeated."""
     size = images.shape[-2:]
     rows, columns = (max(0, min(SHORTEST, window) - side) for side in size)
-    images = F.pad(images, (0, columns, 0, rows), mode="replicate")
+    images = nn.functional.pad(images, (0, columns, 0, rows), mode="replicate")
     height, width = images.shape[-2:]
-    h, w = min(window, height), min(window, width)
     corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
     if len(corners) == 1:
         return model(images)[:, :, : size[0], : size[1]].float()
     logits, count = 0, images.new_zeros(1, 1, height, width)
     for first in range(0, len(corners), WINDOWS_PER_BATCH):
         chunk = corners[first : first + WINDOWS_PER_BATCH]
-        outputs = model(torch.cat([images[:, :, y : y + h, x : x + w] for y, x in chunk])).float()  # (chunk B, K, h, w)
-        if first == 0:  # in the layout of the outputs, or adding them would be slow
-            shape = len(images), height, width, outputs.shape[1]
-            logits = outputs.new_zeros(shape).permute(0, 3, 1, 2)  # (B, K, H, W)
+        outputs = model(torch.cat([images[:, :, y : y + window, x : x + window] for y, x in chunk])).float()
+        if first == 0:  # (B, K, H, W) in the layout of the outputs, or adding them would be slow
+            logits = outputs.new_zeros(len(images), height, width, outputs.shape[1]).permute(0, 3, 1, 2)
         for (y, x), output in zip(chunk, outputs.split(len(images)), strict=True):
-            logits[:, :, y : y + h, x : x + w] += output
-            count[:, :, y : y + h, x : x + w] += 1
+            logits[:, :, y : y + window, x : x + window] += output  # (B, K, window, window), or less at a short side
+            count[:, :, y : y + window, x : x + window] += 1
     return logits.div_(count)[:, :, : size[0], : size[1]]
 
 
@@ -87,14 +78,12 @@ def predict_labels(model: nn.Module, image: Tensor, size: tuple[int, int], **pro
 def probability_strips(
     model: nn.Module, image: Tensor, size: tuple[int, int], short_side: int | None = None, multi_scale: bool = False
 ) -> Iterator[Tensor]:
-    """Class probabilities of one image, averaged over its scaled and flipped variants, from top to bottom.
+    """Class probabilities (K, rows, W) of one image, from top to bottom: means over its scaled and flipped variants.
 
     model:      in eval mode, with `crop_size`: the window's side in pixels; the stride is two thirds of it
     image:      (3, h, w) normalized
     size:       (H, W) of the result, usually that of the image file
-    short_side: pixels; at scale 1, the image is resized to fit (2048, short_side). Default: the model's
-    yields:     (K, rows, W); each variant goes through the softmax before averaging
-    """
+    short_side: pixels; at scale 1, the image is resized to fit (2048, short_side). Default: the model's"""
     variants, stride = [], model.crop_size * 2 // 3  # Released code: windows of 512 move by 341, those of 640 by 426
     for scale in SCALES if multi_scale else (1.0,):
         limits = int(2048 * scale), int((short_side or model.short_side) * scale)
@@ -103,8 +92,7 @@ def probability_strips(
         if multi_scale:
             flipped = sliding_window(model, scaled.flip(-1), model.crop_size, stride)  # (1, K, h', w')
             variants.append(flipped.flip(-1))
-    values = STRIP if image.device.type == "cpu" else 64 * STRIP
-    rows = max(1, values // (variants[0].shape[1] * size[1]))
+    rows = max(1, STRIP * (1 if image.device.type == "cpu" else 64) // (variants[0].shape[1] * size[1]))
     for top in range(0, size[0], rows):
         strip = range(top, min(top + rows, size[0]))
         # classes last, as convolutions leave them in memory: softmax and argmax are slow along another axis
@@ -120,9 +108,6 @@ def resize_rows(x: Tensor, size: tuple[int, int], rows: range) -> Tensor:
     above = y.clamp(0, x.shape[2] - 1).long()
     below, weight = (above + 1).clamp(max=x.shape[2] - 1), (y - above).clamp(0, 1)
     return resize(torch.lerp(x[:, :, above], x[:, :, below], weight[:, None]), (len(rows), size[1]))
-
-
-# ------------------------------------------------------------------------------------------------ scores
 
 
 class ConfusionMatrix:
@@ -141,14 +126,12 @@ class ConfusionMatrix:
         """Scores in per cent: `miou, mean_accuracy, pixel_accuracy` and per class `iou` (K,), `accuracy` (K,).
 
         A class neither labeled nor predicted has no IoU (nan) and is left out of the mean; one that is predicted but
-        never labeled counts as 0. Accuracy is defined for labeled classes only.
-        """
+        never labeled counts as 0. Accuracy is defined for labeled classes only."""
         counts = self.counts.double().cpu()
         hits, labeled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         if not labeled.sum():
             raise ValueError("nothing to score: all pixels are ignored; check --ignore-index and --reduce-zero-label")
-        iou = 100 * hits / (labeled + predicted - hits)  # 0 / 0 = nan: neither labeled nor predicted
-        accuracy = 100 * hits / labeled
+        iou, accuracy = 100 * hits / (labeled + predicted - hits), 100 * hits / labeled  # 0 / 0 = nan: no such pixels
         means = {"miou": iou.nanmean().item(), "mean_accuracy": accuracy.nanmean().item()}
         means["pixel_accuracy"] = (100 * hits.sum() / labeled.sum()).item()
         return {**means, "iou": iou, "accuracy": accuracy}
@@ -179,40 +162,27 @@ def to_json(metrics: dict) -> dict:
 
 
 def evaluate(
-    model: nn.Module,
-    dataset: SegmentationDataset,
-    device: torch.device | str,
-    *,
-    short_side: int | None = None,
-    multi_scale: bool = False,
-    save_masks: str | Path | None = None,
-    colors: list[tuple[int, int, int]] | None = None,
-    workers: int = 0,
+    model: nn.Module, dataset: SegmentationDataset, device, workers: int = 0, save_masks=None, colors=None, **protocol
 ) -> dict[str, float | Tensor]:
     """Scores of `model` on `dataset`, as `ConfusionMatrix.compute` returns them.
 
-    dataset:    gives (image, label, path) with images normalized, in their original size
-    short_side: pixels; images are resized to fit (2048, short_side). Default: the model's
     save_masks: folder for the predicted masks, PNGs with the data set's own label values and `colors`
-    Under torchrun the processes split the images and return the same scores. The model's mode is restored.
-    """
-    check_ranges({"short_side": short_side, "workers": workers})
-    rank, world = this_process()
+    protocol:   short_side and multi_scale, see `probability_strips`
+    Under torchrun the processes split the images and return the same scores. The model's mode is restored."""
+    check_ranges({"workers": workers} | protocol)
+    (rank, world), was_training = this_process(), model.training
     matrix = ConfusionMatrix(len(model.class_names), device)
-    protocol = {"short_side": short_side, "multi_scale": multi_scale}
-    was_training = model.training
     model.eval()
-    # With its own generator, the loader does not draw from the random state of training.
-    options = {"sampler": range(rank, len(dataset), world), "num_workers": workers, "generator": torch.Generator()}
+    own = torch.Generator()  # so that the loader does not draw from the random state of training
+    options = {"sampler": range(rank, len(dataset), world), "num_workers": workers, "generator": own}
     loader = DataLoader(dataset, batch_size=None, worker_init_fn=leave_group, **options)  # one image at a time
     for image, label, path in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):
         image, label = image.to(device), label.to(device)  # (3, h, w), (H, W)
         prediction = predict_labels(model, image, label.shape[-2:], **protocol)  # (H, W)
         matrix.update(prediction, label)
         if save_masks is not None:
-            Path(save_masks).mkdir(parents=True, exist_ok=True)
-            file = Path(save_masks, f"{Path(path).stem}.png")
-            label_image(prediction, colors, dataset.reduce_zero_label).save(file)
+            os.makedirs(save_masks, exist_ok=True)
+            label_image(prediction, colors, dataset.reduce_zero_label).save(Path(save_masks, Path(path).stem + ".png"))
     model.train(was_training)
     if world > 1:
         dist.all_reduce(matrix.counts)
@@ -231,9 +201,6 @@ def label_image(labels: Tensor, colors: list[tuple[int, int, int]] | None, reduc
     if colors:
         image.putpalette([v for color in [(0, 0, 0)] * reduce_zero_label + list(colors) for v in color])
     return image
-
-
-# ------------------------------------------------------------------------------------------------ command line
 
 
 def start_process(device: str | None = None) -> tuple[int, int, torch.device]:
@@ -269,8 +236,7 @@ def main() -> None:
     option("--data", metavar="ROOT", help="data set (default: training's validation set, or ADE20K in data/)")
     option("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders, instead of --data")
     option("--ignore-index", type=int, metavar="VALUE", help="mask value to ignore (default: as in training)")
-    zero = "mask value 0 is ignored, 1 is the first class (default: as in training)"
-    option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
+    option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help="ignore 0 (default: as in training)")
     option("--multi-scale", action="store_true", help="scales 0.5 to 1.75, each also flipped")
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: as in training)")
     option("--save-masks", metavar="DIR", help="write the predicted masks there, as palette PNGs of class indices")
@@ -282,8 +248,7 @@ def main() -> None:
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     model = restore_model(checkpoint, args.checkpoint, build_model, backbone=args.backbone).to(device)
-    names = model.class_names
-    known = checkpoint.get("data", {})  # of the data set in training
+    names, known = model.class_names, checkpoint.get("data", {})  # of the data set in training
     colors = known.get("colors") or default_colors(len(names))
     folders = args.val or (None if args.data else known.get("val"))
     images, masks = folders or find_split(args.data or "data/ADEChallengeData2016", "val")
@@ -292,8 +257,8 @@ def main() -> None:
     run, labels = checkpoint.get("run", {}), {"ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks)}
     labels = {k: run.get(k, v) if getattr(args, k) is None else getattr(args, k) for k, v in labels.items()}
     dataset = SegmentationDataset(images, masks, len(names), **labels)
-    options = {"short_side": args.short_side, "multi_scale": args.multi_scale, "workers": args.workers}
-    metrics = evaluate(model, dataset, device, **options, save_masks=args.save_masks, colors=colors)
+    options = {name: getattr(args, name) for name in ("short_side", "multi_scale", "save_masks", "workers")}
+    metrics = evaluate(model, dataset, device, colors=colors, **options)
     if rank == 0:
         print(f"{format_table(metrics, names)}\n\nmIoU {metrics['miou']:.2f} on {len(dataset)} images of {images}")
 

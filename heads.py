@@ -1,7 +1,6 @@
 """Standard necks and heads, not this paper's: FPN, Semantic FPN, UperNet and FCN, initialized as in the released code.
 
-All take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone.
-"""
+All take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone."""
 
 from collections import OrderedDict
 
@@ -19,14 +18,12 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: bool = False) -> nn.Sequential:
     """A convolution, or [convolution, batch norm, ReLU]. Initialized as in the released code."""
-    padding = kernel_size // 2
-    layers = {"conv": nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not norm)}
-    nn.init.kaiming_normal_(layers["conv"].weight, mode="fan_out", nonlinearity="relu")
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=not norm)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     if norm:
-        layers.update(bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True))
-    else:
-        nn.init.zeros_(layers["conv"].bias)
-    return nn.Sequential(OrderedDict(layers))
+        return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
+    nn.init.zeros_(convolution.bias)
+    return nn.Sequential(OrderedDict(conv=convolution))
 
 
 class FPN(nn.Module):
@@ -48,8 +45,7 @@ class FPN(nn.Module):
 class SemanticFPNHead(nn.Module):
     """Semantic FPN (Kirillov et al., 2019): brings every level to the finest one's size, sums and classifies.
 
-    Level i, whose stride is twice that of level i - 1, has max(1, i) blocks, each followed by x2 up-sampling if i > 0.
-    """
+    Level i, whose stride is twice that of level i - 1, has max(1, i) blocks, and x2 up-sampling after each if i > 0."""
 
     def __init__(self, num_classes: int, channels: int = 256, levels: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -58,8 +54,7 @@ class SemanticFPNHead(nn.Module):
             up = [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)] if level else []
             blocks = [module for _ in range(max(1, level)) for module in (conv(channels, channels, 3, norm=True), *up)]
             self.scale_heads.append(nn.Sequential(*blocks))
-        self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.dropout, self.conv_seg = nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         """[(B, channels, H_i, W_i)] -> logits (B, K, H_0, W_0)."""
@@ -72,21 +67,18 @@ class UperNetHead(nn.Module):
     """UperNet (Xiao et al., 2018) as in mmsegmentation, neck and head in one: pyramid pooling on the coarsest map,
     top-down sums, all levels resized to the finest one's size and fused by one convolution.
 
-    Training needs two or more images per batch: after the coarsest pooling, batch norm sees one pixel per image.
-    """
+    Training needs two or more images per batch: after the coarsest pooling, batch norm sees one pixel per image."""
 
     def __init__(self, in_channels: list[int], num_classes: int, channels: int = 512, dropout: float = 0.1):
         super().__init__()
-        *finer, coarsest = in_channels
-        bins = (1, 2, 3, 6)
+        (*finer, coarsest), bins = in_channels, (1, 2, 3, 6)
         pools = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(coarsest, channels, 1, norm=True)) for n in bins]
         self.psp_modules = nn.ModuleList(pools)
         self.bottleneck = conv(coarsest + len(bins) * channels, channels, 3, norm=True)
         self.lateral_convs = nn.ModuleList(conv(c, channels, 1, norm=True) for c in finer)
         self.fpn_convs = nn.ModuleList(conv(channels, channels, 3, norm=True) for _ in finer)
         self.fpn_bottleneck = conv(len(in_channels) * channels, channels, 3, norm=True)
-        self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.dropout, self.conv_seg = nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         """[(B, C_i, H_i, W_i)], fine to coarse -> logits (B, K, H_0, W_0)."""

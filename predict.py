@@ -7,13 +7,11 @@
 
 Writes for each image, to --out: NAME.png, the labels over the photo; NAME_labels.png, the labels as a palette image, as
 by eval.py --save-masks; and if asked for, NAME_score_CLASS.png, a class's score map of Eq. (2), and NAME_sheet.png,
-everything side by side. EXIF orientation is applied here, but not in eval.py.
-"""
+everything side by side. EXIF orientation is applied here, but not in eval.py."""
 
 import argparse
 import contextlib
 import copy
-import functools
 import glob
 import importlib.util
 import io
@@ -24,6 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +49,12 @@ HEAT = np.stack([np.interp(np.linspace(0, 4, 255), range(5), channel) for channe
 
 
 # ------------------------------------------------------------------------------------------------ score maps as a model
-
-
 class ScoreMapModel(nn.Module):
     """Segmentation by the score map of Eq. (2) alone, without a head: images (B, 3, H, W) -> s / tau (B, K, H, W).
-
     encoder: a LanguageGuidedEncoder whose class names are those of all groups, one after another
     groups:  the names of each class; the score of one with several is the largest of theirs
     sizes:   crop_size (of the windows) and short_side, in pixels
-    center:  subtract from the map of each name its mean over the image
-    """
+    center:  subtract from the map of each name its mean over the image"""
 
     def __init__(self, encoder: nn.Module, groups: list, tau: float, sizes: tuple[int, int], center: bool = False):
         super().__init__()
@@ -95,12 +90,10 @@ def score_map_model(model: DenseCLIP, class_names: list[str], source: str | Path
 
 def zero_shot_model(clip: str, class_names: list[str] | None, dense: str = "value") -> ScoreMapModel:
     """CLIP's own encoders, nothing trained. clip: a name or a file, see `clip_model.load_clip`.
-
     dense: what is compared with the names: "z", Eq. (1), or "value", each position's own value projection, without
            attention. Not the paper's but MaskCLIP's (Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022):
            CLIP's last attention mixes all positions, so that before training z says little about where things are.
-           Each name's mean over the image is subtracted, without which one name covers almost everything
-    """
+           Each name's mean over the image is subtracted, without which one name covers almost everything"""
     if not class_names:
         raise ValueError('CLIP alone has no classes: name some, such as --classes "dog, grass, sky"')
     model, groups = load_clip(clip), [re.split(r"\s*\|\s*", names.strip()) for names in class_names]
@@ -131,79 +124,65 @@ def value_pool(pool: nn.Module, inputs: tuple, output: tuple) -> tuple[Tensor, T
 
 
 # ------------------------------------------------------------------------------------------------ prediction
-
-
+@dataclass(eq=False)
 class Predictor:
-    """Labels, probabilities and score maps of photos of any size: Pillow images as they are, or paths of files.
+    """Labels, probabilities and score maps of photos of any size: Pillow images as they are, or paths of files. The
+    labels for other classes than the checkpoint's come from the score maps, since its head knows only its own."""
 
-    checkpoint:  of train.py; or instead clip: CLIP's weights by name or file, for zero-shot prediction
-    class_names: other classes than the checkpoint's, any number, "|" between the names of one class. The head knows
-                 only its own classes, so the labels then come from the score maps
-    dense:       with clip: "z" or "value" (the default), see `zero_shot_model`
-    short_side:  pixels; images are resized to fit (2048, short_side). Default: as in training
-    multi_scale: labels and probabilities are averaged over six scales, each also flipped
-    backbone:    your own, see `denseclip.restore_model`
-    """
+    checkpoint: str | Path | None = None  # of train.py; or instead clip
+    class_names: list[str] | None = None  # default: the checkpoint's; or any others, "|" between the names of one class
+    clip: str | None = None  # CLIP's weights by name or file, for zero-shot prediction
+    dense: str | None = None  # with clip: "z" or "value" (the default), see `zero_shot_model`
+    short_side: int | None = None  # pixels; images are resized to fit (2048, short_side). Default: as in training
+    multi_scale: bool = False  # labels and probabilities are averaged over six scales, each also flipped
+    device: str | torch.device | None = None  # default: cuda if available
+    backbone: str | nn.Module | None = None  # your own, see `denseclip.restore_model`
 
-    def __init__(
-        self,
-        checkpoint: str | Path | None = None,
-        class_names: list[str] | None = None,
-        clip: str | None = None,
-        dense: str | None = None,
-        short_side: int | None = None,
-        multi_scale: bool = False,
-        device: str | torch.device | None = None,
-        backbone: str | nn.Module | None = None,
-    ):
-        if (checkpoint is None) == (clip is None):
+    def __post_init__(self):
+        if (self.checkpoint is None) == (self.clip is None):
             raise ValueError("expected a model, one of the two: --checkpoint FILE or --clip NAME")
-        if clip and backbone or checkpoint and dense:
+        if self.clip and self.backbone or self.checkpoint and self.dense:
             raise ValueError("--dense is for CLIP alone, --backbone for a checkpoint whose backbone is your own")
-        denseclip.check_ranges({"short_side": short_side})
+        denseclip.check_ranges(vars(self))
         denseclip.keep_memory()
-        saved, self.source = {}, checkpoint or clip
-        if clip is not None:
-            self.model = self.scores = zero_shot_model(clip, class_names, dense or "value")
+        saved = {}
+        if self.clip is not None:
+            self.model = self.scores = zero_shot_model(self.clip, self.class_names, self.dense or "value")
         else:
-            saved = read_checkpoint(checkpoint)
-            self.model = restore_model(saved, checkpoint, build_model, backbone=backbone)
+            saved = read_checkpoint(self.checkpoint)
+            self.model = restore_model(saved, self.checkpoint, build_model, backbone=self.backbone)
             own = self.model.class_names
-            self.scores = score_map_model(self.model, list(class_names or own), checkpoint)
-            if class_names and list(class_names) != own:
+            self.scores = score_map_model(self.model, list(self.class_names or own), self.checkpoint)
+            if self.class_names and list(self.class_names) != own:
                 self.model, saved = self.scores, {}
         self.class_names = self.model.class_names
         if len(self.class_names) > IGNORE_INDEX:
             raise ValueError(f"{len(self.class_names)} classes, but images of labels have room for {IGNORE_INDEX}")
         self.colors = saved.get("data", {}).get("colors") or data.default_colors(len(self.class_names))
         self.reduce_zero_label = bool(saved.get("run", {}).get("reduce_zero_label"))
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device).eval()
-        self.short_side = short_side or self.model.short_side
-        self.protocol = {"short_side": self.short_side, "multi_scale": multi_scale}
+        self.short_side = self.short_side or self.model.short_side
+        self.protocol = {"short_side": self.short_side, "multi_scale": self.multi_scale}
 
     def labels(self, photo: Photo) -> Tensor:
         """The most probable class of each pixel, (H, W) int64, on the CPU."""
-        image = self.read(photo)  # (3, H, W)
-        return predict_labels(self.model, image, image.shape[-2:], **self.protocol).cpu()
+        return predict_labels(self.model, *self.read(photo), **self.protocol).cpu()
 
     def probabilities(self, photo: Photo) -> Tensor:
         """(K, H, W) on the CPU; all classes of a large photo need much memory."""
-        image = self.read(photo)  # (3, H, W)
-        return predict_probabilities(self.model, image, image.shape[-2:], **self.protocol).cpu()
+        return predict_probabilities(self.model, *self.read(photo), **self.protocol).cpu()
 
     @torch.no_grad()
     def score_maps(self, photo: Photo, small: bool = False) -> Tensor:
         """Cosine similarity of every pixel and every class, Eq. (2), (K, H, W) on the CPU; values: less its mean.
-
-        small: (K, h, w), before they are resized to the photo's size
-        """
+        small: (K, h, w), before they are resized to the photo's size."""
         if self.scores is None:
-            raise ValueError(f"{self.source}: it was trained without language, so it has no score maps")
-        image, window = self.read(photo), self.scores.crop_size  # (3, H, W), pixels
+            raise ValueError(f"{self.checkpoint}: it was trained without language, so it has no score maps")
+        (image, size), window = self.read(photo), self.scores.crop_size  # (3, H, W), (H, W), pixels
         resized = data.resize_to_fit(image[None], (2048, self.short_side))  # (1, 3, h, w)
         maps = self.scores.tau * sliding_window(self.scores, resized, window, window * 2 // 3).cpu()  # (1, K, h, w)
-        return maps[0] if small else resize(maps, image.shape[-2:])[0]
+        return maps[0] if small else resize(maps, size)[0]
 
     def overlay(self, photo: Photo, labels: Tensor | None = None) -> Image.Image:
         """The labels in their colors over the photo, with a legend below."""
@@ -211,15 +190,13 @@ class Predictor:
         legend = [(self.colors[k], self.class_names[k]) for k in classes_present(labels)]
         return add_legend(paint(photo, labels, self.colors), legend)
 
-    def read(self, photo: Photo) -> Tensor:
-        """(3, H, W), normalized."""
+    def read(self, photo: Photo) -> tuple[Tensor, tuple[int, int]]:
+        """The photo (3, H, W), normalized, and its size (H, W)."""
         pixels = torch.from_numpy(np.array(open_photo(photo))).permute(2, 0, 1)  # (3, H, W) uint8
-        return data.eval_transform(pixels, torch.empty(0))[0].to(self.device)  # (3, H, W)
+        return data.eval_transform(pixels, torch.empty(0))[0].to(self.device), pixels.shape[-2:]
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-
-
 def classes_present(labels: Tensor) -> list[int]:
     """The classes that occur in labels, the largest first."""
     pixels = torch.bincount(labels.flatten(), minlength=IGNORE_INDEX)[:IGNORE_INDEX]
@@ -268,20 +245,15 @@ def add_legend(picture: Image.Image, entries: list) -> Image.Image:
 
 def draw_sheet(photo: Image.Image, labels: Tensor, class_names: list, colors: list, score_maps: dict, truth=None):
     """Image, ground truth if given, prediction and score maps as panels, four in a row, with a legend.
-
-    labels, truth: (H, W), class indices, or 255: ignored
-    score_maps:    class name: (h, w), all of one size
-    """
+    labels, truth: (H, W), class indices, or 255: ignored; score_maps: class name: (h, w), all of one size."""
     photo = ImageOps.contain(photo, (384, 384))
     labeled = ({} if truth is None else {"ground truth": truth}) | {"prediction": labels}
     panels = {"image": photo} | {title: paint(photo, x, colors, 0.7) for title, x in labeled.items()}
     present = sorted(classes_present(torch.cat([x.flatten() for x in labeled.values()])))
-    legends = [[(colors[k], class_names[k]) for k in present]]
     if score_maps:
         scores = torch.stack(list(score_maps.values()))  # (number of maps, h, w)
         low, high = scores.min().item(), scores.max().item()
         panels |= {f'score map "{name}"': paint_scores(photo, x, low, high) for name, x in score_maps.items()}
-        legends += [[(None, "score maps:"), *heat_legend(low, high)]]
     font, columns = ImageFont.load_default(22), min(4, len(panels))
     width = max([photo.width, *(int(font.getlength(title)) for title in panels)]) + 10
     height, rows = photo.height + 40, -(-len(panels) // columns)
@@ -290,20 +262,18 @@ def draw_sheet(photo: Image.Image, labels: Tensor, class_names: list, colors: li
         x, y = 10 + i % columns * width, i // columns * height
         ImageDraw.Draw(sheet).text((x, y + 20), title, "black", font, anchor="lm")
         sheet.paste(panel, (x, y + 40))
-    return functools.reduce(add_legend, legends, sheet)
+    sheet = add_legend(sheet, [(colors[k], class_names[k]) for k in present])
+    return add_legend(sheet, [(None, "score maps:"), *heat_legend(low, high)]) if score_maps else sheet
 
 
 # ------------------------------------------------------------------------------------------------ files and export
-
-
 def find_images(paths: list[str]) -> list[Path]:
     """The image files that files, folders and patterns such as "photos/*.jpg" name, in order, each once."""
     files: dict[Path, None] = {}
     for path in map(Path, paths):
         pattern = f"{glob.escape(str(path))}/*" if path.is_dir() else str(path)
         there = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        # regular files only: reading a pipe may wait for ever
-        found = [p for p in there if p.suffix.lower() in data.IMAGE_SUFFIXES and p.is_file()]
+        found = [p for p in there if p.suffix.lower() in data.IMAGE_SUFFIXES and p.is_file()]  # no pipes: they may wait
         if not found:
             others = " ".join(sorted({p.suffix if p.is_file() and p.suffix else p.name for p in there})[:5])
             what = f"no image, only {others}" if others else "no such image, or a folder without any"
@@ -382,13 +352,11 @@ def replacing(files: list[Path]) -> Iterator[list[Path]]:
 @torch.no_grad()
 def export(model: nn.Module, path: str | Path) -> None:
     """Write a model as one graph that runs without this code: .pt2 by torch.export, .onnx by ONNX.
-
     model:  DenseCLIP or ScoreMapModel, which stays as it is: the text of a copy is frozen, see `freeze_text`
     images: (B, 3, H, W) float32, the graph's input: RGB normalized with CLIP's mean and std. Any B; H and W of at
             least 64 pixels (a ViT: 4 patches). Resizing, sliding windows and softmax are not part of the graph
     logits: (B, K, H, W) float32, its output
-    Class names, mean, std and short side are in ONNX's metadata and in the extra files of a .pt2, as JSON.
-    """
+    Class names, mean, std and short side are in ONNX's metadata and in the extra files of a .pt2, as JSON."""
     path, onnx = Path(path), Path(path).suffix == ".onnx"
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: expected a name that ends in .pt2 (torch.export) or .onnx")
@@ -443,7 +411,6 @@ def main() -> None:
     option("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
-
     if not args.paths and not args.export:
         raise ValueError("no images: name files, folders or patterns, before --score-maps and its names")
     if args.export and args.export.exists() and not args.overwrite:
@@ -467,17 +434,14 @@ def main() -> None:
     if unknown := [name for name in args.score_maps if name not in [*names, "all"]]:
         raise ValueError(f"--score-maps {unknown[0]}: no such class; the classes are {', '.join(names)}")
     shown = [k for k, name in enumerate(names) if {name, "all"} & set(args.score_maps)]
-
     endings = ["", "_labels", *["_sheet"] * args.sheet]
     endings += ["_score_" + re.sub(r"\W+", "_", names[k])[:40] for k in shown]  # safe in file names
     files = {path: [args.out / f"{path.stem}{ending}.png" for ending in endings] for path in paths}
     prepare_outputs(paths, [file for outputs in files.values() for file in outputs])
-    done = {path for path in paths if not args.overwrite and any(file.exists() for file in files[path])}
-    if done:
+    todo = [path for path in paths if args.overwrite or not any(file.exists() for file in files[path])]
+    if skipped := len(paths) - len(todo):
         where = f"with pictures in {args.out}, perhaps of another model"
-        print(
-            f"skipping {len(done)} of {len(paths)} photos {where}; --overwrite replaces them, another --out keeps them"
-        )
+        print(f"skipping {skipped} of {len(paths)} photos {where}; --overwrite replaces them, another --out keeps them")
 
     def work(path: Path) -> None:
         bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -485,9 +449,8 @@ def main() -> None:
             for picture, part in zip(draw_pictures(predictor, open_photo(path), shown, args.sheet), parts, strict=True):
                 picture.save(part)
 
-    failed = for_each_image([path for path in paths if path not in done], work)
-    written = len(paths) - len(done) - failed
-    print(f"pictures of {written} photos written to {args.out}, {len(done)} skipped, {failed} failed")
+    failed = for_each_image(todo, work)
+    print(f"pictures of {len(todo) - failed} photos written to {args.out}, {skipped} skipped, {failed} failed")
     if failed:
         sys.exit(1)
 

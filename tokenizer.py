@@ -3,8 +3,7 @@
 Text is cleaned, lower-cased and split into words. A word is a sequence of UTF-8 bytes, each written as one printable
 character; its best-ranked pair of neighboring symbols is merged until the vocabulary file lists none of its pairs.
 
-Needs torch, ftfy, regex and `bpe_simple_vocab_16e6.txt.gz` in the same folder, no other file of this project.
-"""
+Needs torch, ftfy, regex and `bpe_simple_vocab_16e6.txt.gz` in the same folder, no other file of this project."""
 
 import gzip
 import hashlib
@@ -59,12 +58,11 @@ def encode_word(word: str) -> tuple[int, ...]:
         best = min(zip(symbols, symbols[1:], strict=False), key=lambda pair: ranks.get(pair, NUM_MERGES))
         if best not in ranks:
             break
-        merged, i = [], 0
-        while i < len(symbols):
-            step = 2 if tuple(symbols[i : i + 2]) == best else 1
-            merged.append("".join(symbols[i : i + step]))
-            i += step
-        symbols = merged
+        i = 0
+        while i < len(symbols) - 1:
+            if (symbols[i], symbols[i + 1]) == best:
+                symbols[i : i + 2] = ["".join(best)]
+            i += 1
     return tuple(index[symbol] for symbol in symbols)
 
 
@@ -72,10 +70,8 @@ def encode_word(word: str) -> tuple[int, ...]:
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """The token of each symbol, in the order of the tokens and without SOT and EOT, and the rank of each pair."""
     if not VOCABULARY.is_file():
-        how = "copy it there from this project, or from the package open_clip_torch"
-        raise FileNotFoundError(f"{VOCABULARY}: CLIP's vocabulary is missing; {how}")
-    data = VOCABULARY.read_bytes()
-    if hashlib.sha256(data).hexdigest() != SHA256:
+        raise FileNotFoundError(f"{VOCABULARY} is missing; copy it there from this project, or from open_clip_torch")
+    if hashlib.sha256(data := VOCABULARY.read_bytes()).hexdigest() != SHA256:
         raise ValueError(f"{VOCABULARY}: not CLIP's vocabulary, or truncated; expected sha256 {SHA256}")
     lines = gzip.decompress(data).decode("utf-8").split("\n")
     pairs = [tuple(line.split()) for line in lines[1 : 1 + NUM_MERGES]]  # line 0 is the version

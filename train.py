@@ -7,13 +7,11 @@
     ... --resume                                                          # continue from last.pt, exactly
 
 Writes to --out: last.pt (to resume from, also saved after Ctrl-C or SIGTERM), best.pt (highest validation mIoU; all
-that eval.py needs) and log.jsonl (one JSON object per line; the first has the command, versions and recipe).
-"""
+that eval.py needs) and log.jsonl (one JSON object per line; the first has the command, versions and recipe)."""
 
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -31,16 +29,14 @@ if __name__ == "__main__":  # before torch: threads that spin while waiting are 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import clip_model
-import data
 import denseclip
-from clip_model import ARCHITECTURES, IGNORE_INDEX, load_weights
+from clip_model import ARCHITECTURES, IGNORE_INDEX, Bottleneck, ResidualAttentionBlock, load_weights, resize_positions
 from data import SegmentationDataset, TrainTransform, check_data, find_split, is_ade20k, read_classes, run_script
 from denseclip import PRESETS, PROMPTING, Settings, build_model, check_ranges, read_checkpoint, save_checkpoint
 from eval import evaluate, format_table, leave_group, start_process, this_process, to_json
@@ -78,16 +74,12 @@ SWIN = replace(SWIN, decay_norms=False, power=1.0, min_lr=0.0)  # its authors', 
 SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier=1.0, warmup=0, min_lr=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ optimization
-
-
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """The optimizer's parameter groups: a smaller rate for the image encoder, no decay of the context decoder's norms.
 
     Also freezes the text encoder, unless its learning rate is above 0; frozen parameters are in no group.
     Released code: the longest matching key decides, so a norm inside the backbone counts as "backbone" and does decay;
-    "norm" occurs in the names of the context decoder's norm1..3 only.
-    """
+    "norm" occurs in the names of the context decoder's norm1..3 only."""
     rates = {"backbone": recipe.backbone_lr_multiplier, "text_encoder": recipe.text_lr_multiplier, "norm": 1, "rest": 1}
     groups = {}
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
@@ -111,11 +103,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
 
 
 def learning_rate(iteration: int, base: float, recipe: Recipe) -> float:
-    """The learning rate at an iteration, counted from 0, of a group whose peak rate is `base`.
-
-    "poly": decays with recipe.power to recipe.min_lr; "step": a tenth after 8/12 and again after 11/12 of the run.
-    Linear warm-up from 1e-6 ("poly") or 1e-3 ("step") of the scheduled rate.
-    """
+    """The learning rate at an iteration, counted from 0, of a group whose peak rate is `base`. "poly": decays with
+    recipe.power to recipe.min_lr; "step": a tenth after 8/12 and again after 11/12 of the run. Linear warm-up from 1e-6
+    ("poly") or 1e-3 ("step") of the scheduled rate."""
     progress = iteration / recipe.iterations
     if recipe.schedule == "poly":
         rate, first = (base - recipe.min_lr) * (1 - progress) ** recipe.power + recipe.min_lr, 1e-6
@@ -124,9 +114,6 @@ def learning_rate(iteration: int, base: float, recipe: Recipe) -> float:
     if iteration < recipe.warmup:
         rate *= 1 - (1 - iteration / recipe.warmup) * (1 - first)
     return rate
-
-
-# ------------------------------------------------------------------------------------------------ the loop
 
 
 def train(
@@ -152,9 +139,8 @@ def train(
     model(images, labels) in train mode must return a dict of losses, whose sum is minimized. `train_set` brings its own
     sampler and collate function. evaluate_model(model) returns scores, of which `score` decides what best.pt is.
     save_every: 1,000 iterations by default, but at most a tenth of the run. `data` is kept in the checkpoints.
-    Ctrl-C and SIGTERM save and raise KeyboardInterrupt. Processes of torchrun all call this; they split each batch.
-    """
-    rank, world = this_process()
+    Ctrl-C and SIGTERM save and raise KeyboardInterrupt. Processes of torchrun all call this; they split each batch."""
+    (rank, world), end = this_process(), recipe.iterations
     check_ranges(asdict(recipe) | locals())
     if recipe.batch_size % (world * accumulate):
         raise ValueError(f"--batch-size {recipe.batch_size} is not divisible by {world} x --accumulate {accumulate}")
@@ -174,16 +160,17 @@ def train(
     options = {"num_workers": workers, "collate_fn": train_set.collate, "pin_memory": pinned, "generator": own}
     batches = iter(DataLoader(train_set, micro_batch, sampler=sampler, worker_init_fn=leave_group, **options))
 
-    save_every = save_every or min(1_000, -(-recipe.iterations // 10))
+    save_every = save_every or min(1_000, -(-end // 10))
     steps, first, metrics, clock = [], None, {}, time.perf_counter()  # steps since the last log line, see `backward`
-    bar = tqdm(desc="training", total=recipe.iterations, initial=start, disable=rank > 0 or None)
-    for iteration, stopping in until_stopped(start, recipe.iterations):  # the last round only saves and evaluates
-        evaluating = iteration > 0 and (iteration % eval_every == 0 or iteration == recipe.iterations)
+    bar = tqdm(desc="training", total=end, initial=start, disable=rank > 0 or None)
+    for iteration, stopping in until_stopped(start, end):  # the last round only saves and evaluates
+        evaluating = iteration > 0 and (iteration % eval_every == 0 or iteration == end)
 
         # once in a while: save
         paused = time.perf_counter()
         if iteration > start and (evaluating or stopping or iteration % save_every == 0):
-            mean_losses(steps, first)  # waits for the GPU, and raises where nothing good would be saved
+            if steps:
+                mean_losses(steps, first)  # waits for the GPU, and raises where nothing good would be saved
             states = {"optimizer": optimizer.state_dict(), "random_states": random_states(device), "best": best}
             if rank == 0:
                 save_checkpoint(out / "last.pt", model, iteration=iteration, run=run, data=data or {}, **states)
@@ -198,14 +185,12 @@ def train(
             for buffer in model.buffers() if world > 1 else ():
                 dist.broadcast(buffer, 0)  # batch norm statistics differ between processes: use those that were saved
             metrics = evaluate_model(model)
-            if rank == 0:
-                write_log(out, {"iteration": iteration, **to_json(metrics)})
-                tqdm.write(f"iteration {iteration} | {score} {metrics[score]:.4g} | previous best {max(best, 0):.4g}")
-                if metrics[score] > best:
-                    best = metrics[score]
-                    save_checkpoint(out / "best.pt", model, iteration=iteration, run=run, data=data or {}, best=best)
+            write_log(out, {"iteration": iteration, **to_json(metrics)})
+            if rank == 0 and metrics[score] > best:
+                best = metrics[score]
+                save_checkpoint(out / "best.pt", model, iteration=iteration, run=run, data=data or {}, best=best)
         clock += time.perf_counter() - paused
-        if iteration == recipe.iterations:
+        if iteration == end:
             break
 
         # learning rate
@@ -222,11 +207,12 @@ def train(
         bar.update()
 
         # once in a while: log; only here are the losses read, since that waits for the GPU
-        if (done := iteration + 1) % log_every == 0 or done == recipe.iterations:
-            rate = max(group["lr"] for group in optimizer.param_groups)
-            record = {"iteration": done, **mean_losses(steps, first), "lr": rate}
+        if (done := iteration + 1) % log_every == 0 or done == end:
+            entry = {"iteration": done, **mean_losses(steps, first), "lr": max(g["lr"] for g in optimizer.param_groups)}
             seconds = (time.perf_counter() - clock) / len(steps) * accumulate  # per iteration, without the pauses
-            log_progress(out, record, seconds, recipe, device)
+            entry |= {"images_per_second": recipe.batch_size / seconds, "eta_seconds": seconds * (end - done)}
+            entry |= {"memory_mb": torch.cuda.max_memory_allocated(device) >> 20} if device.type == "cuda" else {}
+            write_log(out, entry)
             steps, clock = [], time.perf_counter()
     return metrics
 
@@ -245,18 +231,18 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device, recompute: b
     optimizer = build_optimizer(model, recipe)
     if world == 1:
         return model, optimizer
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # the contexts'; harmless
+    # harmless: the strides are the contexts', and only newer versions of PyTorch know broadcast_buffers by another name
+    warnings.filterwarnings("ignore", "Grad strides do not match|`broadcast_buffers` is deprecated")
     other = model.settings.backbone is not None  # not CLIP's: it may have parameters without a gradient
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # broadcast_buffers has a new name
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other), optimizer
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other), optimizer
 
 
 def backward(network, batches, accumulate: int, autocast, device: torch.device) -> list[tuple[dict, list[str]]]:
     """Add up the gradient of one iteration in `accumulate` steps; return the losses and files of each."""
     done = []
     for step in range(accumulate):
-        images, labels, paths = to_device(next(batches), device)
-        alone = step < accumulate - 1 and isinstance(network, DistributedDataParallel)
+        images, labels, paths = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), next(batches))
+        alone = step < accumulate - 1 and isinstance(network, nn.parallel.DistributedDataParallel)
         with network.no_sync() if alone else contextlib.nullcontext():  # gradients are averaged in the last step
             with autocast:
                 losses = network(images, labels)
@@ -269,13 +255,12 @@ def backward(network, batches, accumulate: int, autocast, device: torch.device) 
 def recompute_blocks(model: nn.Module) -> None:
     """Keep only the inputs of CLIP's residual blocks for the gradient, and compute what is inside again when needed:
     the same numbers, since dropout draws the same values again, and batch norm counts each batch once."""
-    kinds = clip_model.Bottleneck | clip_model.ResidualAttentionBlock
-    if not any(isinstance(block, kinds) for block in model.encoder.backbone.modules()):
+    blocks = [module for module in model.modules() if isinstance(module, Bottleneck | ResidualAttentionBlock)]
+    if set(blocks).isdisjoint(model.encoder.backbone.modules()):
         raise ValueError("--recompute would have no effect: it is for CLIP's image encoders")
-    for block in model.modules():
-        if isinstance(block, kinds):
-            managers = partial(lambda block: (contextlib.nullcontext(), unchanged_buffers(block)), block)
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=managers)
+    for block in blocks:
+        managers = partial(lambda block: (contextlib.nullcontext(), unchanged_buffers(block)), block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=managers)
 
 
 @contextlib.contextmanager
@@ -293,10 +278,9 @@ def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
     second Ctrl-C raises KeyboardInterrupt at once."""
     asked = torch.zeros(1)
 
-    def note(number: int, _) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+    def note(*_) -> None:
         asked.fill_(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # does not wait for the GPU
@@ -313,10 +297,8 @@ def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
 
 def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]], first: Tensor) -> dict[str, float]:
     """Mean of each loss over steps and processes; a ValueError if the total is not finite, or 1,000 times the first."""
-    if not steps:
-        return {}
     values = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in steps])  # (steps, losses)
-    totals, means = values[:, 0].nan_to_num(math.inf, math.inf, math.inf), values.mean(0)  # (steps,), (losses,)
+    totals, means = values[:, 0].nan_to_num(torch.inf, torch.inf, torch.inf), values.mean(0)  # (steps,), (losses,)
     if not totals.mean() < 1000 * first.clamp(min=1):
         iteration, losses, paths = steps[totals.argmax()]  # the first that is not finite
         how = f"a lower --lr or --clip-grad may help; the batch's files are {' '.join(paths)}"
@@ -327,15 +309,6 @@ def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]], first: Te
     return dict(zip(steps[0][1], means.tolist(), strict=True))
 
 
-def to_device(batch: object, device: torch.device) -> object:
-    """A batch with its tensors, also those in lists, tuples and dictionaries, on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return [to_device(value, device) for value in batch] if isinstance(batch, list | tuple) else batch
-
-
 def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, run: dict) -> tuple[int, float]:
     """Load weights, optimizer and random states from last.pt of the same run; return its iteration and best score."""
     checkpoint, (rank, world) = read_checkpoint(path), this_process()
@@ -343,11 +316,9 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
         raise ValueError(f"{path} holds no optimizer state; --resume needs the last.pt that training wrote")
     there, done, end = checkpoint["run"], checkpoint["iteration"], run["iterations"]
     longer = there.get("iterations", end) < end
-    differences = [k for k in run if there.get(k) != run[k] and not (longer and k in ("iterations", "warmup"))]
-    if differences:
+    if differences := [k for k in run if there.get(k) != run[k] and not (longer and k in ("iterations", "warmup"))]:
         what = "; ".join(f"{k} {there.get(k)!r:.80} there, {run[k]!r:.80} here" for k in differences)
-        how = "repeat that run's options, or start a new run with another --out"
-        raise ValueError(f"{path} belongs to another run: {what}; {how}")
+        raise ValueError(f"{path} belongs to another run: {what}; repeat its options, or name another --out")
     if rank == 0 and longer:
         print(f"a run of {there['iterations']} iterations becomes one of {end}, with the longer run's learning rates")
     if rank == 0 and done == end:
@@ -367,8 +338,7 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
 def random_states(device: torch.device) -> list[dict[str, Tensor]]:
     """Each process's random state, which dropout draws from. (Samples have seeds of their own, from the sampler.)"""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    state |= {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     states = [state] * this_process()[1]
     if dist.is_initialized():
         dist.all_gather_object(states, state)
@@ -380,74 +350,60 @@ def start_log(out: Path, run: dict, device: torch.device, accumulate: int, new: 
     if this_process()[0] > 0:
         return
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-
-        # until this process ends; loader workers, which may outlive it, do not inherit this kind of lock
-        fcntl.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:  # until this process ends; loader workers, which may outlive it, do not inherit this kind of lock
+        os.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644), os.F_TLOCK, 0)
     except BlockingIOError:
         raise ValueError(f"{out}: another training writes there; name another --out") from None
-    except (ImportError, OSError):  # Windows and some file systems have no such locks
+    except (AttributeError, OSError):  # Windows and some file systems have no such locks
         pass
     record = {"command": shlex.join(sys.argv), "python": sys.version.split()[0], "torch": torch.__version__}
     record |= {"device": str(device), "processes": this_process()[1], "accumulate": accumulate, "run": run}
     write_log(out, record, "w" if new else "a")
 
 
-def log_progress(out: Path, record: dict, seconds: float, recipe: Recipe, device: torch.device) -> None:
-    """A line of the log, which is printed, too. record: iteration, losses and learning rate; seconds: per iteration"""
-    record |= {"images_per_second": recipe.batch_size / seconds}
-    record |= {"eta_seconds": seconds * (recipe.iterations - record["iteration"])}
-    if device.type == "cuda":
-        record["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-    if this_process()[0] == 0:
-        write_log(out, record)
-        tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
-
-
 def write_log(out: Path, record: dict, mode: str = "a") -> None:
-    with open(out / "log.jsonl", mode, encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """In the first process: a line of the log, whose single numbers are also printed."""
+    if this_process()[0] == 0:
+        with open(out / "log.jsonl", mode, encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-OTHERS = ("prompting", "backbone", "short_side", "stored_text")  # not by --set: options of their own, or none
-SETTABLE = [field.name for field in fields(Settings) if field.name not in OTHERS]
+LOOP = ("resume", "accumulate", "recompute", "workers", "eval_every", "log_every")  # options of `train`
+OWN = ("prompting", "backbone", "short_side")  # settings that are options; what `freeze_text` sets is none
+SETTABLE = [field.name for field in fields(Settings) if field.name not in (*OWN, "stored_text")]  # by --set
 
 
 def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, recipe: Recipe, out: str) -> None:
     """Options of model, recipe (its defaults) and run; first: add_argument of the group that --help begins with."""
     d = "(default: %(default)s)"
-    default = next(iter(models)) + ("; with --backbone, the text encoder of vitb16" if "vitb16" in models else "")
-    first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
+    first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: the first; see --backbone)")
     first("--out", type=Path, default=Path(out), metavar="DIR", help=d)
     option = parser.add_argument_group("model").add_argument
     option("--init", metavar="PATH", help="start from this checkpoint: its model, settings and all weights that fit")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, help="where the text comes from; none: baseline (default: post)")
-    option("--backbone", metavar="NAME", help="instead of CLIP's: resnet50, swin_t, ..., or package.module:function")
+    option("--backbone", metavar="NAME", help="resnet50, swin_t, ... or package.module:function, with vitb16's text")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
-    names = "see denseclip.Settings: " + ", ".join(SETTABLE)
-    option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=names)
+    option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=f"of {', '.join(SETTABLE)}")
     option = parser.add_argument_group("recipe").add_argument
-    option("--iterations", type=int, default=recipe.iterations, help=d if recipe.iterations else "(12 epochs)")
-    option("--batch-size", type=int, default=recipe.batch_size, help=f"per iteration, over all processes {d}")
-    option("--optimizer", choices=("adamw", "sgd"), default=recipe.optimizer, help=d)
-    option("--lr", type=float, default=recipe.lr, help=f"peak rate {d}" if recipe.lr else "(the paper's)")
-    option("--weight-decay", type=float, default=recipe.weight_decay, help=d)
-    option("--backbone-lr-multiplier", type=float, default=recipe.backbone_lr_multiplier, metavar="X", help=d)
-    option("--text-lr-multiplier", type=float, default=0.0, metavar="X", help="(default: 0, frozen)")
+    option("--iterations", type=int, help=f"(default: {recipe.iterations or '12 epochs'})")
+    option("--batch-size", type=int, help=f"per iteration, over all processes (default: {recipe.batch_size})")
+    option("--optimizer", choices=("adamw", "sgd"), help="(default: adamw)")
+    option("--lr", type=float, help=f"peak rate (default: {recipe.lr or 'as released'})")
+    option("--weight-decay", type=float, help=f"(default: {recipe.weight_decay})")
+    option("--backbone-lr-multiplier", type=float, metavar="X", help=f"(default: {recipe.backbone_lr_multiplier})")
+    option("--text-lr-multiplier", type=float, metavar="X", help="(default: 0, frozen)")
     option("--warmup", type=int, metavar="ITERATIONS", help=f"(default: {recipe.warmup}, at most a tenth of the run)")
-    option("--clip-grad", type=float, default=recipe.clip_grad, metavar="NORM", help=f"0: no clipping {d}")
-    option("--precision", choices=["fp32", "bf16"], default=recipe.precision, help=d)
-    option("--seed", type=int, default=recipe.seed, help=d)
+    option("--clip-grad", type=float, metavar="NORM", help=f"0: no clipping (default: {recipe.clip_grad})")
+    option("--precision", choices=("fp32", "bf16"), help="(default: fp32)")
+    option("--seed", type=int, default=0, help=d)
     option = parser.add_argument_group("run").add_argument
     option("--resume", nargs="?", const="", metavar="PATH", help="continue from last.pt in --out, or from PATH")
     option("--accumulate", type=int, default=1, metavar="STEPS", help=f"split each batch into this many steps {d}")
     option("--recompute", action="store_true", help="compute CLIP's blocks again for the gradient: less memory, slower")
     option("--eval-every", type=int, default=8_000, metavar="ITERATIONS", help=d)
-    option("--save-every", type=int, metavar="ITERATIONS", help="(default: 1000, at most a tenth of the run)")
     option("--log-every", type=int, default=50, metavar="ITERATIONS", help=d)
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help=f"loader processes per process {d}")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
@@ -475,84 +431,80 @@ def find_run(out: Path, resume: str | None) -> Path | None:
     return path
 
 
-def choose_model(presets: dict, model: str | None, init: str | None, resume: Path | None, settings: dict) -> tuple:
-    """The model's name and settings from the options of the same names, and what --init holds, if given."""
-    init = resume if resume and init else init  # a resumed run has the settings itself
-    saved = read_checkpoint(init) if init else {}
-    if init and saved["name"] not in ([model] if model else presets):
-        raise ValueError(f"--init {init}: it holds {saved['name']}, not {model or ' or '.join(presets)}")
-    theirs, settings = saved.get("settings", {}), {k: v for k, v in settings.items() if v is not None}
+def choose_model(presets: dict, options: dict) -> tuple[str, dict, dict]:
+    """By a script's options: the model's name, its settings, and where its weights come from (fields of Recipe)."""
+    model, init, clip, pretrained = (options[name] for name in ("model", "init", "clip", "backbone_weights"))
+    given = dict(pair.partition("=")[::2] for pair in options["set"])  # "gamma=1.0"; `resolve` checks types and ranges
+    for name, text in given.items():
+        if name not in SETTABLE:
+            raise ValueError(f"--set {name}={text}: no setting named {name!r}; choose from {', '.join(SETTABLE)}")
+        with contextlib.suppress(ValueError):
+            given[name] = json.loads(text)
+    settings = {k: v for k, v in (given | {name: options[name] for name in OWN}).items() if v is not None}
+    source = init and (options["resume"] or init)  # a resumed run has the settings itself
+    saved = read_checkpoint(source) if source else {}
+    if source and saved["name"] not in ([model] if model else presets):
+        raise ValueError(f"--init {source}: it holds {saved['name']}, not {model or ' or '.join(presets)}")
+    theirs = saved.get("settings", {})
     if theirs.get("stored_text"):
-        raise ValueError(f"--init {init}: freeze_text dropped its text encoder; give the checkpoint it was made from")
+        raise ValueError(f"--init {source}: freeze_text dropped its text encoder; give the checkpoint it was made from")
     if ":" in str(theirs.get("backbone")) and "backbone" not in settings:  # a checkpoint alone imports no code
-        raise ValueError(f"--init {init}: its backbone is your own code: --backbone {theirs['backbone']} imports it")
+        raise ValueError(f"--init {source}: its backbone is your own code: --backbone {theirs['backbone']} imports it")
     # Released code: a backbone that is not CLIP's gets the text encoder of ViT-B/16
     default = "vitb16" if settings.get("backbone") and "vitb16" in presets else next(iter(presets))
     name = model or saved.get("name", default)
+    preset = getattr(presets[name], "encoder", presets[name])
     # of the checkpoint's settings, those that have an effect beside the options
     kind = {k: theirs[k] for k in ("prompting", "backbone", "head") if theirs.get(k)} | settings
-    used = asdict(denseclip.resolve(Settings(**kind), getattr(presets[name], "encoder", presets[name])))
-    return name, {k: v for k, v in theirs.items() if used.get(k) is not None} | settings, saved
+    used = asdict(denseclip.resolve(Settings(**kind), preset))
+    settings = {k: v for k, v in theirs.items() if used.get(k) is not None} | settings
 
-
-def start_model(build, name, preset, names, settings, saved, resume, *, init, clip, backbone_weights, seed, device):
-    """The model that training starts from, what a `Recipe` says of its weights, and this process's device. build:
-    build_model of denseclip.py or detection.py; name, settings, saved: from `choose_model`; preset: of this name."""
     backbone = settings.get("backbone")
-    if backbone_weights not in (None, "none") and not backbone:
-        raise ValueError(f"--backbone-weights {backbone_weights} has no effect without --backbone")
-    if init and (clip or backbone_weights):
+    if init and (clip or pretrained):
         raise ValueError(f"--init {init} has all weights: leave out --clip and --backbone-weights")
     if not init:
         clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
-        backbone_weights = backbone_weights or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
+        pretrained = pretrained or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
     if backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
         clip = None
-    weights = {"clip": clip, "backbone_weights": backbone_weights}
-    weights = {option: None if value == "none" else value for option, value in weights.items()}
-    rank, _, device = start_process(device)
-    torch.manual_seed(seed)  # the same initial weights in every process
-    here = rank == 0 and not resume  # one process reads weights, the others get its parameters
+    weights = {"init": init, "clip": clip, "backbone_weights": pretrained}
+    return name, settings, {option: None if value == "none" else value for option, value in weights.items()}
+
+
+def start_model(build, name: str, class_names: list[str], settings: dict, weights: dict, options: dict) -> tuple:
+    """The model that training starts from, by `build_model` and what `choose_model` returned; this process's device."""
+    rank, _, device = start_process(options["device"])
+    torch.manual_seed(options["seed"])  # the same initial weights in every process
+    here = rank == 0 and not options["resume"]  # one process reads weights, the others get its parameters
     try:
-        model = build(name, names, **settings, **(weights if here else {}))
+        model = build(name, class_names, **settings, **{k: v for k, v in weights.items() if here and k != "init"})
     except OSError as error:
         raise ValueError(f"{error}; or --clip none for random weights") from None
-    if here and init:
-        print(f"{init}: {load_fitting(model, saved['model'], init)}")
-    return model, {"init": init, **weights}, device
+    if here and weights["init"]:
+        load_fitting(model, weights["init"])
+    return model, device
 
 
-def load_fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> str:
-    """Copy the weights that fit into a model of other classes; return a sentence about the rest. Where the score map
+def load_fitting(model: nn.Module, path: str) -> None:
+    """Copy a checkpoint's weights that fit into a model of other classes, and print what is new. Where the score map
     joins a convolution's input, the weights of the image's own channels are copied."""
-    own, encoder, new = model.state_dict(), model.encoder, []
+    weights, own, encoder, new = read_checkpoint(path)["model"], model.state_dict(), model.encoder, []
     image = getattr(encoder.backbone, "channels", encoder.channels)[getattr(encoder.backbone, "score_level", -1)]
     for name, value in own.items():
         found = weights.get(name)
         if found is not None and found.shape == value.shape:
             value.copy_(found)
         elif found is not None and name.startswith("encoder.backbone.") and name.endswith("positional_embedding"):
-            value.copy_(clip_model.resize_positions(found, (math.isqrt(len(value) - 1),) * 2))  # of another crop size
+            value.copy_(resize_positions(found, (round((len(value) - 1) ** 0.5),) * 2))  # of another crop size
         elif found is not None and found.ndim == 4 and found[:, :image].shape == value[:, :image].shape:
             value[:, :image] = found[:, :image]  # (out, C_i, k, k)
             new.append(f"{name} (score map)")
         else:
             new.append(name)
     if len(new) > len(own) // 2:
-        raise ValueError(f"{source}: only {len(own) - len(new)} of the model's {len(own)} weights fit")
-    load_weights(model, own, source)  # for its check that all are finite
-    return f"{len(own) - len(new)} of {len(own)} weights fit; new: {', '.join(new) or 'none'}"
-
-
-def parse_settings(pairs: list[str]) -> dict:
-    """["gamma=1.0", "learn_gamma=false"] -> {"gamma": 1.0, "learn_gamma": False}; `resolve` checks types and ranges."""
-    settings = dict(pair.partition("=")[::2] for pair in pairs)
-    for name, text in settings.items():
-        if name not in SETTABLE:
-            raise ValueError(f"--set {name}={text}: no setting named {name!r}; choose from {', '.join(SETTABLE)}")
-        with contextlib.suppress(ValueError):
-            settings[name] = json.loads(text)
-    return settings
+        raise ValueError(f"{path}: only {len(own) - len(new)} of the model's {len(own)} weights fit")
+    load_weights(model, own, path)  # for its check that all are finite
+    print(f"{path}: {len(own) - len(new)} of {len(own)} weights fit; new: {', '.join(new) or 'none'}")
 
 
 def main() -> None:
@@ -561,41 +513,32 @@ def main() -> None:
     first = parser.add_argument_group("what most runs need").add_argument
     first("--train", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders (default: those of --data)")
     first("--val", nargs=2, metavar=("IMAGES", "MASKS"), help="two folders (default: those of --data)")
-    listed = 'list in classes/, file, or "sky, grass" (default: ROOT/classes.txt, or ADE20K\'s)'
-    first("--classes", metavar="LIST", help=listed)
+    first("--classes", metavar="LIST", help='file, list in classes/, "sky, grass" (default: ROOT/classes.txt, ade20k)')
     add_options(parser, first, PRESETS, Recipe(), "runs/denseclip")
     option = parser.add_argument_group("data").add_argument
     option("--data", default="data/ADEChallengeData2016", metavar="ROOT", help="data set (default: %(default)s)")
     option("--ignore-index", type=int, default=IGNORE_INDEX, metavar="VALUE", help="mask value to ignore, besides 255")
-    zero = "mask value 0 is ignored, 1 is the first class (default: only in ADE20K's layout)"
-    option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help=zero)
+    option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help="ignore 0 (default: in ADE20K's layout)")
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: the crop size)")
     args = parser.parse_args()
-    recipe = SGD if args.optimizer == "sgd" else SWIN if args.backbone in ("swin_t", "swin_s") else Recipe()
-    parser.set_defaults(**asdict(recipe) | {"reduce_zero_label": None, "warmup": None})
-    args = parser.parse_args()  # again, with the recipe's defaults
     check_ranges(vars(args))
     if args.train and not args.val:
         raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
 
-    resume = find_run(args.out, args.resume)
+    args.resume = find_run(args.out, args.resume)
     train_folders, val_folders = args.train or find_split(args.data, "train"), args.val or find_split(args.data, "val")
-    listed, ade20k = Path(args.data) / "classes.txt", is_ade20k(train_folders[1])
-    if args.classes is None and (args.train or not (listed.is_file() or ade20k)):
-        raise ValueError(f"--classes is missing: the names of the classes in {train_folders[1]}, {data.class_lists()}")
-    class_names, colors = read_classes(args.classes or (listed if listed.is_file() else "ade20k"))
-
-    own = {name: getattr(args, name) for name in ("prompting", "backbone", "short_side")}
-    name, settings, saved = choose_model(PRESETS, args.model, args.init, resume, own | parse_settings(args.set))
-    chosen = {name: getattr(args, name) for name in ("init", "clip", "backbone_weights", "seed", "device")}
-    preset = PRESETS[name]
-    model, weights, device = start_model(build_model, name, preset, class_names, settings, saved, resume, **chosen)
+    listed, ade20k = Path(args.data, "classes.txt"), is_ade20k(train_folders[1])
+    default = listed if listed.is_file() or not ade20k else "ade20k"
+    class_names, colors = read_classes(args.classes or ("--classes" if args.train else default))  # or an error
+    name, settings, weights = choose_model(PRESETS, vars(args))
+    model, device = start_model(build_model, name, class_names, settings, weights, vars(args))
     torch.backends.cudnn.benchmark = True  # all crops have the same size
     reduce_zero_label = ade20k if args.reduce_zero_label is None else args.reduce_zero_label
     labels = {"ignore_index": args.ignore_index, "reduce_zero_label": reduce_zero_label}
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
     train_set = SegmentationDataset(*train_folders, len(class_names), transform, **labels)
     val_set = SegmentationDataset(*val_folders, len(class_names), **labels)
+    recipe = SGD if args.optimizer == "sgd" else SWIN if args.backbone in ("swin_t", "swin_s") else Recipe()
     recipe = complete(recipe, vars(args) | labels | weights)
 
     rank, world = this_process()
@@ -603,11 +546,10 @@ def main() -> None:
         print(f"{model.name}, {world} x {device}, {len(train_set)} training and {len(val_set)} validation images")
         if reduce_zero_label:
             print("mask value 0 is ignored and 1 is the first class; --no-reduce-zero-label if your classes start at 0")
-        if args.check and not resume:
+        if args.check and not args.resume:
             print(check_data(train_set, val_set, class_names, args.workers))
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
-    own = ("accumulate", "recompute", "workers", "eval_every", "save_every", "log_every")
-    loop = {"resume": resume} | {name: getattr(args, name) for name in own}
+    loop = {name: getattr(args, name) for name in LOOP}
     loop["data"] = {"colors": colors, "val": [str(Path(folder).resolve()) for folder in val_folders]}
     evaluate_model = partial(evaluate, dataset=val_set, device=device, workers=args.workers)
     metrics = train(model, train_set, recipe, args.out, device, evaluate_model=evaluate_model, **loop)

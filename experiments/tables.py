@@ -25,6 +25,7 @@ import denseclip
 import detection
 from clip_model import TextEncoder
 from data import read_classes
+from experiments.benchmark import released_texts
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def count(run: Callable[[], object]) -> float:
     # as the paper's tool counts: up-sampling to the same size, too, which heads.resize skips outside of graphs, and
     # every class name as a text of its own
     graph = mock.patch.object(torch.compiler, "is_compiling", lambda: True)
-    texts = mock.patch.object(TextEncoder, "forward_shared", TextEncoder.forward)
+    texts = mock.patch.object(TextEncoder, "forward_shared", released_texts)
     with graph, texts, FlopCounterMode(display=False) as products, PerValue() as others:
         run()
     return (products.get_total_flops() / 2 + others.total) / 1e9
@@ -197,7 +198,7 @@ def measure(model: nn.Module) -> Cost:
         return Cost(total, count(run), 0.0, 0.0)
     text = sum(parameter.numel() for parameter in encoder.text_encoder.parameters()) / 1e6
     contexts = torch.empty(1, encoder.num_contexts, encoder.text_encoder.width, device="meta")
-    text_multiply_adds = count(lambda: encoder.text_encoder(encoder.tokens, contexts))
+    text_multiply_adds = count(lambda: encoder.text_encoder.forward_shared(encoder.tokens, contexts))
     encoder.cached_text = torch.empty(1, len(encoder.tokens), encoder.text_encoder.embed_dim, device="meta")
     multiply_adds = count(run)
     if encoder.prompt_decoder is not None:  # pre-model prompting cannot cache the text

@@ -163,7 +163,6 @@ def test_attention_pool_is_on_the_last_map():
         (Pyramid((4, 4, 64)), r"Pyramid: expected four maps .* got \[\(1, 4, 16, 16\), .*\(1, 64, 4, 4\)\]"),
         (Pyramid((4, 4, 4, 64), (4, 2, 1, 2)), r"Pyramid: expected four .* halve in size each time, got \[\(1, 4, 16"),
         (nn.Linear(7, 7), "Linear fails on an image of 64 x 64 pixels: .*mat1 and mat2 shapes"),
-        (AttentionPoolBackbone(Pyramid((4, 4, 4, 64)), 16, 64), "pool has embed_dim=16, but this model needs 128"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(module, message):

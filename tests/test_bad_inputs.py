@@ -147,7 +147,7 @@ BAD = [
     ("predict", "{photo} --classes a,b --clip {flat}", "no CLIP has these sizes"),
     ("train", "--backbone nosuch", "no backbone named 'nosuch'"),
     ("train", "--backbone nosuch:net", "is nosuch in this folder or on PYTHONPATH?"),
-    ("train", "--backbone-weights {best}", "has no effect without --backbone"),
+    ("train", "--backbone-weights {best}", "would have no effect: they belong to a backbone by name"),
     ("train", "--backbone resnet18 --backbone-weights {new}", "no such file; weights of resnet18"),
     ("convert", "{best} {new}.pt", "expected a checkpoint of the authors' release"),
     ("convert", "{empty} {new}.pt", "cut short or damaged"),

@@ -129,10 +129,11 @@ def test_contexts_follow_the_start_token():
     inserted = torch.tensor([[320, 1125, 539]])  # "a photo of"
     contexts = encoder.token_embedding(inserted)  # (1, 3, width)
     words = torch.cat([start, inserted.expand(2, -1), end], dim=1)
-    assert torch.allclose(encoder(tokens, contexts)[0], encoder(words), atol=1e-6)
-    assert torch.allclose(encoder(tokens, torch.cat([contexts, contexts * 2]))[0], encoder(words), atol=1e-6)
+    assert torch.allclose(encoder.forward_shared(tokens, contexts)[0], encoder(words), atol=1e-6)
+    both = encoder.forward_shared(tokens, torch.cat([contexts, contexts * 2]))
+    assert torch.allclose(both[0], encoder(words), atol=1e-6)
     with pytest.raises(ValueError, match="78 tokens.* 77 positions"):
-        encoder(tokenize("cat", 77), contexts[:, :1])
+        encoder.forward_shared(tokenize("cat", 77), contexts[:, :1])
 
 
 @pytest.mark.parametrize(

@@ -186,18 +186,15 @@ def test_a_wrong_setting_raises():
             build_model("tiny", NAMES, **setting)
 
 
-def test_class_names_are_the_encoders(tmp_path):
+def test_class_names_are_the_encoders():
     """Names may change, their number only for score maps alone."""
     model = build_model("tiny", NAMES).eval()
     model.encoder.set_class_names(["cat", "dog", "horse"])
     assert model.class_names == ["cat", "dog", "horse"]
-    save_checkpoint(tmp_path / "a.pt", model)
-    assert load_checkpoint(tmp_path / "a.pt", ["sky", "road", "my dog"]).class_names == ["sky", "road", "my dog"]
-    for change in (model.encoder.set_class_names, lambda names: load_checkpoint(tmp_path / "a.pt", names)):
-        with pytest.raises(
-            ValueError, match="2 class names for a model trained with 3, whose head needs 3; predict.py --cla"
-        ):
-            change(["cat", "dog"])
+    with pytest.raises(
+        ValueError, match="2 class names for a model trained with 3, whose head needs 3; predict.py --cla"
+    ):
+        model.encoder.set_class_names(["cat", "dog"])
     images = torch.randn(1, 3, 64, 64)
     pyramid, score_map, _ = model.encoder(images)
     model.encoder.set_class_names(["dog", "a bird", "cat", "horse"], any_number=True)
@@ -215,7 +212,7 @@ def test_text_can_be_frozen(name, prompting, tmp_path):
     save_checkpoint(tmp_path / "full.pt", model)
     assert torch.equal(model.freeze_text().freeze_text()(images), expected)
     check_round_trip(model, tmp_path / "frozen.pt")
-    assert torch.equal(load_checkpoint(tmp_path / "frozen.pt", NAMES)(images), expected)
+    assert torch.equal(load_checkpoint(tmp_path / "frozen.pt")(images), expected)
     if prompting != "none":
         assert (tmp_path / "full.pt").stat().st_size - (tmp_path / "frozen.pt").stat().st_size > 12e6
         assert not any("text_encoder.transformer" in key or "contexts" in key for key in model.state_dict())

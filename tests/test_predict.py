@@ -116,7 +116,7 @@ def test_labels_are_those_of_eval(multi_scale, reduce_zero_label, tmp_path, monk
     model = load_checkpoint(save_model(tmp_path / "best.pt", reduce_zero_label))
     dataset = SegmentationDataset(*folders, len(NAMES))
     dataset.reduce_zero_label = reduce_zero_label
-    dataset.read_label = lambda path: torch.zeros(80, 90, dtype=torch.uint8)
+    dataset.read_label = lambda *_: torch.zeros(80, 90, dtype=torch.uint8)
     evaluate(model, dataset, "cpu", multi_scale=multi_scale, save_masks=tmp_path / "eval", colors=COLORS)
     options = ["--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "out", *["--multi-scale"] * multi_scale]
     run(predict, monkeypatch, folders[0], *options)

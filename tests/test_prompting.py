@@ -112,12 +112,15 @@ def test_text_encoder_learns_at_its_own_rate(monkeypatch, data, tmp_path):
 # ------------------------------------------------------------------------------------------------ settings
 
 
+NO_OPTIONS = ("init", "clip", "backbone_weights", "resume", *train.OWN)
+
+
 def test_options_of_another_type_are_refused():
     wrong = {"learn_gamma=0": "learn_gamma is 0, expected bool", "gamma=large": "gamma is 'large', expected float"}
     wrong |= {"gamma=true": "gamma is True, expected float", "num_contexts=2.5": "num_contexts is 2.5, expected int"}
     for option, message in (wrong | {"contexts=4": "no setting named 'contexts'"}).items():
         with pytest.raises(ValueError, match=message):
-            train.choose_model(train.PRESETS, "tiny", None, None, train.parse_settings([option]))
+            train.choose_model(train.PRESETS, {**dict.fromkeys(NO_OPTIONS), "model": "tiny", "set": [option]})
 
 
 @pytest.mark.parametrize(

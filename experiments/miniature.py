@@ -1,0 +1,331 @@
+"""The paper's claim in miniature: a small CLIP, trained here on captioned drawings, and Table 2 measured with it.
+
+    python -m experiments.miniature pretrain           # clip.pt, which --clip takes wherever it takes RN50
+    python -m experiments.miniature zero-shot          # what clip.pt knows before any mask is seen, and pictures of it
+    python -m experiments.miniature prompting          # Table 2; or another of the tables below
+    python -m experiments.miniature                    # everything; it continues where an earlier call stopped
+
+The drawings are the demo's: eight classes, textures and shapes. Captions list what a drawing shows, in several
+wordings, and never say where. Then DenseCLIP is trained as the paper trains it, from a few drawings with masks, five
+times per system: seed s draws the same drawings, and shows them in the same order, in all systems, so differences are
+paired. Four sets of drawings have seeds of their own: for captions, for training, for choices of ours (how many
+drawings, which rates), and for validation, which nothing is chosen on. All files go to --out; results.jsonl has a line
+for each run.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":  # before torch: threads that spin while waiting are slow where other jobs use the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from clip_model import CLIP, load_clip
+from data import SegmentationDataset, TrainTransform, find_split, normalize, run_script
+from demo import CLASSES, draw_dataset, draw_scene
+from denseclip import PRESETS, build_model
+from eval import ConfusionMatrix, evaluate
+from predict import TEMPLATES, Predictor, draw_pictures, open_photo, score_map_model, zero_shot_model
+from tokenizer import tokenize
+from train import Recipe, train
+
+NAMES = list(CLASSES)
+SIDE = 96  # pixels per side of the drawings in pre-training
+ARCHITECTURE = replace(PRESETS["tiny"].architecture, input_resolution=SIDE)
+WORDINGS = (*TEMPLATES, "a photo of a {}.", "a drawing of a {}.", "there is a {} in this picture.", "{}")
+SEEDS = {"captions": 1, "retrieval": 2, "validation": 3, "choices": 4, "training": 100}  # training: + seed of the run
+LABELS = 32  # drawings with masks
+SCORED = 100  # drawings in each of the sets for validation and choices
+
+# Each system: options of `build_model` and `Recipe` beside the defaults below, and the paper's mIoU of that row.
+POST = {"prompting": "post"}
+TABLES = {
+    "prompting": {  # Table 2, and Table 7
+        "random start": ({"prompting": "none", "clip": None, "backbone_lr_multiplier": 1.0}, None),
+        "CLIP, no language": ({"prompting": "none"}, 39.6),
+        "+ template": ({"prompting": "template"}, None),
+        "+ template, post-model": ({"prompting": "template+post"}, 42.9),
+        "+ learned contexts": ({"prompting": "learned"}, 42.1),
+        "+ pre-model": ({"prompting": "pre"}, 42.9),
+        "+ post-model": (POST, 43.5),
+    },
+    "losses": {
+        "auxiliary loss, score map joined": (POST, 43.5),
+        "no auxiliary loss": (POST | {"aux_weight": 0.0}, None),
+        "score map not joined": (POST | {"join_score_map": False}, None),
+    },
+    "gamma": {  # Table 8
+        "learned from 1e-4": (POST, 43.5),
+        "fixed at 1e-4": (POST | {"learn_gamma": False}, 42.6),
+        "learned from 1.0": (POST | {"gamma": 1.0}, 42.8),
+    },
+    "rates": {  # Table 6: multipliers of the learning rate (text encoder, image encoder)
+        "(0, 0.1)": (POST, 43.5),
+        "(0, 1)": (POST | {"backbone_lr_multiplier": 1.0}, 42.6),
+        "(0.1, 0.1)": (POST | {"text_lr_multiplier": 0.1}, 42.2),
+        "no language, 1": ({"prompting": "none", "backbone_lr_multiplier": 1.0}, None),
+    },
+}
+START = {"random start": {"prompting": "none", "clip": None, "backbone_lr_multiplier": 1.0}}
+START |= {"CLIP, no language": {"prompting": "none"}, "post-model": POST}
+TABLES["choices"] = {  # scored on drawings of their own
+    f"{name}, {labels}": (options | {"labels": labels}, None)
+    for name, options in START.items()
+    for labels in (8, 16, 32, 64, 128)
+}
+RECIPE = Recipe(iterations=200, batch_size=8, lr=1e-3, warmup=20, reduce_zero_label=True)
+
+
+# ------------------------------------------------------------------------------------------------ a small CLIP
+def draw_scenes(number: int, seed: int) -> tuple[Tensor, list[list[str]]]:
+    """Drawings (number, 3, SIDE, SIDE) uint8, and the names of what each shows."""
+    random, images, contents = np.random.default_rng(seed), [], []
+    for _ in tqdm(range(number), "drawing", leave=False, disable=None):
+        image, mask = draw_scene(random)
+        images.append(torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1))
+        contents.append([NAMES[value - 1] for value in np.unique(np.asarray(mask)) if value])
+    return torch.stack(images), contents
+
+
+def write_caption(content: list[str], random: np.random.Generator) -> str:
+    """All that a drawing shows, or some of it, in any order: "a photo of a ring, stripes and dots."."""
+    number = len(content) if random.random() < 0.5 else random.integers(1, len(content) + 1)
+    *names, last = random.permutation(content)[:number]
+    return WORDINGS[random.integers(len(WORDINGS))].format(f"{', '.join(names)} and {last}" if names else last)
+
+
+def pretrain(path: Path, steps: int = 1_500, drawings: int = 8_000, batch_size: int = 64, lr: float = 1e-3) -> None:
+    """Train a small CLIP with CLIP's loss and write its weights, under OpenAI's names, to `path`."""
+    images, contents = draw_scenes(drawings, SEEDS["captions"])  # (N, 3, SIDE, SIDE)
+    random = np.random.default_rng(SEEDS["captions"])
+    torch.manual_seed(0)
+    clip = CLIP(ARCHITECTURE).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.1, fused=True)
+    rate = partial(learning_rate, steps=steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    bar, order = tqdm(range(steps), "pre-training", disable=None), []
+    for _ in bar:
+        if len(order) < batch_size:
+            order = random.permutation(drawings).tolist()
+        batch, order = order[:batch_size], order[batch_size:]
+        flips = [axis for axis in (2, 3) if random.random() < 0.5]  # captions say nothing of places
+        x = normalize(images[batch].flip(flips) / 255)  # (B, 3, SIDE, SIDE)
+        tokens = tokenize([write_caption(contents[i], random) for i in batch], length=48)  # (B, L)
+        logits, pairs = clip(x.to(memory_format=torch.channels_last), tokens), torch.arange(len(batch))  # (B, B), (B,)
+        loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        clip.logit_scale.data.clamp_(max=math.log(100))
+        accuracy = (logits.argmax(1) == pairs).float().mean().item()
+        bar.set_postfix_str(f"loss {loss.item():.2f}, {100 * accuracy:.0f} % of {batch_size} captions found")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    torch.save({name.removeprefix("text."): value for name, value in clip.state_dict().items()}, part)
+    part.replace(path)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    return min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+# ------------------------------------------------------------------------------------------------ before any mask
+@torch.no_grad()
+def retrieval(clip_path: Path, number: int = 200) -> dict[str, float]:
+    """Recall@1, in per cent, among `number` held-out drawings and their captions. Several may show the same things:
+    `best` is what a model would reach that knows exactly what every drawing shows."""
+    clip, (images, contents) = load_clip(str(clip_path)), draw_scenes(number, SEEDS["retrieval"])
+    texts = [f"a photo of a {', '.join(names[:-1])} and {names[-1]}." for names in contents]
+    images = torch.cat([clip.encode_image(x) for x in normalize(images / 255).split(50)])  # (N, C)
+    scores = F.normalize(images, dim=1) @ F.normalize(clip.encode_text(tokenize(texts)), dim=1).T  # (N, N)
+    hits = [(scores.argmax(axis) == torch.arange(number)).float().mean().item() for axis in (1, 0)]
+    best = statistics.mean(1 / contents.count(names) for names in contents)
+    found = {"image to text": hits[0], "text to image": hits[1], "chance": 1 / number, "best": best}
+    return {name: 100 * value for name, value in found.items()}
+
+
+def repeat_global(pool: nn.Module, inputs: tuple, output: tuple) -> tuple[Tensor, Tensor]:
+    """Forward hook of an attention pool: z_bar at every position, a control that knows nothing of places."""
+    return output[0], output[0][:, :, None, None].expand_as(output[1])
+
+
+def skip_attention(pool: nn.Module, inputs: tuple, output: tuple) -> tuple[Tensor, Tensor]:
+    """Forward hook of an attention pool: the features before it, through its output projection alone."""
+    return output[0], pool.c_proj(inputs[0].movedim(1, 3)).movedim(3, 1)
+
+
+def zero_shot(clip_path: Path, folders: tuple[Path, Path], out: Path) -> dict[str, float]:
+    """mIoU of score maps by what is compared with the class names, without any training on masks."""
+    dataset = SegmentationDataset(*folders, len(NAMES), reduce_zero_label=True)
+    scores, matrix, random = {}, ConfusionMatrix(len(NAMES)), torch.Generator().manual_seed(0)
+    for _, label, _ in dataset:
+        matrix.update(torch.randint(len(NAMES), label.shape, generator=random), label)
+    scores["chance: a random class for every pixel"] = matrix.compute()["miou"]
+    paths = {"z, Eq. (1)": ("z", None), "z_bar at every position": ("z", repeat_global)}
+    paths |= {"x4 through the output projection": ("z", skip_attention), "value projection": ("value", None)}
+    for name, (dense, hook) in paths.items():
+        model = zero_shot_model(str(clip_path), NAMES, dense).eval()
+        if hook:
+            model.encoder.backbone.attnpool.register_forward_hook(hook)
+        for center in (False, True) if hook is not repeat_global else (False,):  # less its mean, z_bar's map is 0
+            model.center = center
+            title = f"{name}, less each map's mean" if center else name
+            scores[title] = evaluate(model, dataset, "cpu")["miou"]
+    for dense in ("z", "value"):
+        draw(Predictor(clip=str(clip_path), class_names=NAMES, dense=dense), dataset, out / f"zero_shot_{dense}")
+    return scores
+
+
+def draw(predictor: Predictor, dataset: SegmentationDataset, out: Path, number: int = 4) -> None:
+    """Sheets of the first drawings: labels and score maps, as by predict.py --sheet."""
+    out.mkdir(parents=True, exist_ok=True)
+    predictor.colors = list(CLASSES.values())
+    for path, _ in dataset.pairs[:number]:
+        *_, sheet = draw_pictures(predictor, open_photo(path), [], sheet=True)
+        sheet.save(out / path.with_suffix(".png").name)
+
+
+# ------------------------------------------------------------------------------------------------ from a few masks
+def run(out: Path, options: dict, seed: int, scored_on: str, iterations: int) -> dict:
+    """Train one system once and score it; `options` are those of a row of TABLES."""
+    options, start = {"clip": str(out / "clip.pt"), "labels": LABELS} | options, time.perf_counter()
+    labels = options.pop("labels")
+    fields = {name: options[name] for name in options if hasattr(RECIPE, name)}
+    recipe = Recipe(**{**vars(RECIPE), **fields, "seed": seed, "iterations": iterations})
+    settings = {name: value for name, value in options.items() if name not in fields or name == "clip"}
+    folder, drawings = out / "run", out / "data" / f"training_{seed}_{labels}"
+    shutil.rmtree(folder, ignore_errors=True)
+    if not drawings.exists():
+        draw_dataset(drawings, labels, 0, SEEDS["training"] + seed)
+    torch.manual_seed(seed)
+    model = build_model("tiny", NAMES, short_side=192, **settings)
+    transform = TrainTransform(model.crop_size, (2048, model.short_side))
+    train_set = SegmentationDataset(*find_split(drawings, "train"), len(NAMES), transform, reduce_zero_label=True)
+    val_set = SegmentationDataset(*find_split(out / "data" / scored_on, "val"), len(NAMES), reduce_zero_label=True)
+    score, device = partial(evaluate, dataset=val_set, device="cpu"), torch.device("cpu")
+    every = {"eval_every": iterations, "save_every": iterations, "log_every": iterations, "workers": 0}
+    record = {"miou": train(model, train_set, recipe, folder, device, evaluate_model=score, **every)["miou"]}
+    if maps := score_map_model(model, NAMES, folder):
+        record["score_map_miou"] = score(maps)["miou"]
+    if getattr(model.encoder, "gamma", None) is not None:
+        record["gamma"] = model.encoder.gamma.abs().mean().item()
+    return record | {"seconds": time.perf_counter() - start}
+
+
+def run_table(out: Path, table: str, seeds: int, iterations: int) -> dict[str, list[dict]]:
+    """The records of each row of a table, one per seed. Runs whose record is in results.jsonl are not repeated."""
+    file, scored_on = out / "results.jsonl", "choices" if table == "choices" else "validation"
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    records, bar = {}, tqdm(total=seeds * len(TABLES[table]), desc=table, disable=None)
+    for seed, (row, (options, _)) in itertools.product(range(seeds), TABLES[table].items()):
+        what = {"options": options, "seed": seed, "scored_on": scored_on, "iterations": iterations}
+        record = next((record for record in known if what.items() <= record.items()), None)
+        if record is None:
+            record = what | run(out, options, seed, scored_on, iterations)
+            with open(file, "a", encoding="utf-8") as results:
+                results.write(json.dumps(record) + "\n")
+            known.append(record)
+        records.setdefault(row, []).append(record)
+        bar.update()
+    return records
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def format_records(table: str, records: dict[str, list[dict]]) -> str:
+    """A table in Markdown, and the paired differences, row less column; bold: beyond twice its standard error."""
+    lines = ["| system | mIoU | of the score maps alone | gamma | paper |", "|---|---|---|---|---|"]
+    for row, runs in records.items():
+        miou, maps = ([r[key] for r in runs if key in r] for key in ("miou", "score_map_miou"))
+        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(values)) if values else "" for values in (miou, maps)]
+        gamma = f"{statistics.mean(r['gamma'] for r in runs):.2g}" if "gamma" in runs[0] else ""
+        lines.append(f"| {row} | {' | '.join(cells)} | {gamma} | {TABLES[table][row][1] or ''} |")
+    if table != "choices":
+        *columns, _ = records
+        lines += ["", f"| row less column | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for i, row in enumerate(records):
+            cells = []
+            for column in columns[:i]:
+                pairs = zip(records[row], records[column], strict=True)
+                mean, error = mean_and_error([a["miou"] - b["miou"] for a, b in pairs])
+                cells.append(f"{mean:+.1f} ± {error:.1f}")
+                cells[-1] = f"**{cells[-1]}**" if abs(mean) > 2 * error else cells[-1]
+            lines += [f"| {' | '.join([row, *cells, *[''] * (len(columns) - len(cells))])} |"] if i else []
+    return "\n".join(lines)
+
+
+def plot(records: dict[str, list[dict]], path: Path) -> None:
+    """A dot for each run, a bar for each mean; one line per system."""
+    font, line, left, width = ImageFont.load_default(16), 30, 320, 480
+    values = [record["miou"] for runs in records.values() for record in runs]
+    low, high = 5 * math.floor(min(values) / 5), 5 * math.ceil(max(values) / 5)
+    picture = Image.new("RGB", (left + width + 40, line * (len(records) + 2)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i in range(low, high + 1, 5):
+        x = left + width * (i - low) / (high - low)
+        draw.line([(x, 0), (x, line * len(records))], "#dddddd")
+        draw.text((x, line * len(records) + 4), str(i), "black", font, anchor="mt")
+    draw.text((left + width / 2, line * (len(records) + 1)), "mIoU", "black", font, anchor="mt")
+    for i, (row, runs) in enumerate(records.items()):
+        y, scores = line * (i + 0.5), [record["miou"] for record in runs]
+        draw.text((left - 10, y), row, "black", font, anchor="rm")
+        for score in scores:
+            draw.circle((left + width * (score - low) / (high - low), y), 4, outline="#2b6cb0")
+        x = left + width * (statistics.mean(scores) - low) / (high - low)
+        draw.line([(x, y - 10), (x, y + 10)], "#c53030", 3)
+    picture.save(path)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m experiments.miniature", None, __doc__, formatter_class=raw)
+    parts = ("pretrain", "zero-shot", *TABLES)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)} (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=1_500, help="of pre-training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each system (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=RECIPE.iterations, help="of each run (default: %(default)s)")
+    args = parser.parse_args()
+    if wrong := set(args.parts) - set(parts):
+        parser.error(f"no part named {wrong.pop()}: choose from {', '.join(parts)}")
+    clip, start = args.out / "clip.pt", time.perf_counter()
+    if not clip.exists():
+        pretrain(clip, args.steps)
+    for name in ("choices", "validation"):
+        if not (args.out / "data" / name).exists():
+            draw_dataset(args.out / "data" / name, 0, SCORED, SEEDS[name])
+    for part in args.parts or parts:
+        if part == "zero-shot":
+            scores = retrieval(clip) | zero_shot(clip, find_split(args.out / "data/validation", "val"), args.out)
+            text = "\n".join(f"| {name} | {value:.1f} |" for name, value in scores.items())
+        elif part in TABLES:
+            records = run_table(args.out, part, args.seeds, args.iterations)
+            text = format_records(part, records)
+            plot(records, args.out / f"{part}.png")
+        else:
+            continue
+        (args.out / f"{part}.md").write_text(f"{text}\n", encoding="utf-8")
+        print(f"\n{part}, {time.perf_counter() - start:.0f} s\n\n{text}")
+
+
+if __name__ == "__main__":
+    run_script(main)
