@@ -3,9 +3,9 @@
 A backbone maps images (B, 3, H, W) to four feature maps, fine to coarse. `AttentionPoolBackbone` adds CLIP's attention
 pool, randomly initialized, to the last of them, so that the frozen text encoder can guide the backbone.
 
-    backbone = AttentionPoolBackbone(SwinPyramid("swin_t", "IMAGENET1K_V1"), embed_dim=1024)
+    build_model("vitb16", names, clip="ViT-B/16", backbone=SwinPyramid("swin_t", "IMAGENET1K_V1"))  # of denseclip.py
 
-This file needs torch, torchvision and clip_model.py."""
+UperNet, Swin's usual head, is here, too. This file needs torch, torchvision, clip_model.py and heads.py."""
 
 import importlib
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import clip_model
+from heads import conv, resize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 
@@ -151,6 +152,36 @@ class SwinPyramid(nn.Module):
             x = stage(x)  # (B, H_i, W_i, C_i)
             pyramid.append(norm(x).permute(0, 3, 1, 2).contiguous())  # (B, C_i, H_i, W_i)
         return pyramid
+
+
+class UperNetHead(nn.Module):
+    """UperNet (Xiao et al., 2018) as in mmsegmentation, neck and head in one: pyramid pooling on the coarsest map,
+    top-down sums, all levels resized to the finest one's size and fused by one convolution.
+
+    Training needs two or more images per batch: after the coarsest pooling, batch norm sees one pixel per image."""
+
+    def __init__(self, in_channels: list[int], num_classes: int, channels: int = 512, dropout: float = 0.1):
+        super().__init__()
+        (*finer, coarsest), bins = in_channels, (1, 2, 3, 6)
+        pools = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(coarsest, channels, 1, norm=True)) for n in bins]
+        self.psp_modules = nn.ModuleList(pools)
+        self.bottleneck = conv(coarsest + len(bins) * channels, channels, 3, norm=True)
+        self.lateral_convs = nn.ModuleList(conv(c, channels, 1, norm=True) for c in finer)
+        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3, norm=True) for _ in finer)
+        self.fpn_bottleneck = conv(len(in_channels) * channels, channels, 3, norm=True)
+        self.dropout, self.conv_seg = nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        """[(B, C_i, H_i, W_i)], fine to coarse -> logits (B, K, H_0, W_0)."""
+        *finer, coarsest = pyramid
+        pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.psp_modules]  # (B, channels, H_3, W_3)
+        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, finer, strict=True)]  # (B, channels, H_i, W_i)
+        levels.append(self.bottleneck(torch.cat([coarsest, *pooled], dim=1)))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[-2:])
+        outputs = [output(x) for output, x in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
+        x = torch.cat([resize(x, outputs[0].shape[-2:]) for x in outputs], dim=1)  # (B, 4 channels, H_0, W_0)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))  # (B, K, H_0, W_0)
 
 
 PYRAMIDS = dict.fromkeys(("resnet18", "resnet50", "resnet101"), ResNetPyramid)

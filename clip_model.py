@@ -8,7 +8,6 @@ Both image encoders return what a dense task needs instead of one vector per ima
     visual_embeddings    (B, C, H, W)  z: the same projection into the shared space, at every position
 
 Parameter names are OpenAI's, so their files load without a key map. This file needs only torch and tqdm.
-
     clip = load_clip("RN50")  # or a file; then clip.encode_image(images), clip.encode_text(tokens)
 """
 
@@ -84,7 +83,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
 
 def resize_positions(positions: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate the positional embeddings of a square grid to another grid size.
-
     positions: (1 + G * G, D), the first row for the class token or the mean; size: (H, W)
     return:    (1 + H * W, D), bilinear, the first row unchanged; at the grid's own size, the same numbers"""
     grid = math.isqrt(len(positions) - 1)
@@ -172,10 +170,11 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(images)))  # (B, D/2, H/2, W/2), D the width
         x = F.relu(self.bn2(self.conv2(x)))  # (B, D/2, H/2, W/2)
         x = F.relu(self.bn3(self.conv3(x)))  # (B, D, H/2, W/2)
-        x = F.avg_pool2d(x, 2)  # (B, D, H/4, W/4)
-        # (B, 4D, H/4, W/4), (B, 8D, H/8, W/8), (B, 16D, H/16, W/16), (B, 32D, H/32, W/32)
-        pyramid = [x := stage(x) for stage in (self.layer1, self.layer2, self.layer3, self.layer4)]
-        return pyramid, *(self.attnpool(x) if self.attnpool else (None, None))  # ..., (B, C), (B, C, H/32, W/32)
+        x1 = self.layer1(F.avg_pool2d(x, 2))  # (B, 4D, H/4, W/4)
+        x2 = self.layer2(x1)  # (B, 8D, H/8, W/8)
+        x3 = self.layer3(x2)  # (B, 16D, H/16, W/16)
+        x4 = self.layer4(x3)  # (B, 32D, H/32, W/32)
+        return [x1, x2, x3, x4], *(self.attnpool(x4) if self.attnpool else (None, None))  # x1 .. x4, z_bar, z
 
 
 class QuickGELU(nn.Module):
@@ -281,7 +280,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (K, L) int64: start token, text, end-of-text token (the largest index), zeros.
+        """tokens: (K, L) int64, L at most context_length: start token, text, end-of-text token (the largest), zeros.
         return: (K, C), the output at the end-of-text token, projected into the shared space."""
         length = tokens.shape[1]  # L
         x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (K, L, D)
@@ -344,10 +343,8 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * images @ texts.T  # (B, K)
 
 
-# ------------------------------------------------------------------------------------------------ weights
 def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = None) -> CLIP:
     """CLIP with pretrained weights, in float32 and evaluation mode; the architecture is read off the weights.
-
     name_or_path: a name in FILES, downloaded once; or a file, OpenAI's TorchScript archive or open_clip's state dict
     quick_gelu:   False for weights trained with GELU, as most of open_clip's are; the file does not say"""
     weights = read_weights(name_or_path, cache)

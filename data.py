@@ -129,10 +129,9 @@ def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     return via if via.mode == "RGB" else via.convert("RGB")
 
 
-@dataclass
+@dataclass(eq=False)
 class SegmentationDataset(torch.utils.data.Dataset):
     """Images and masks paired by file stem: dataset[key] -> (image (3, h, w) float, label (h, w) int64, image's path).
-
     The key is an index, or (index, seed) as from IterationSampler: then the seed alone determines the transform's
     randomness, so that a sample depends neither on the number of workers nor on where training was resumed, and the
     caller's random state is unchanged."""
@@ -343,7 +342,6 @@ def shift_hue(image: Tensor, shift: float) -> Tensor:
 
 class IterationSampler(torch.utils.data.Sampler):
     """An endless stream of (index, seed) for SegmentationDataset, the same for every number of processes.
-
     One random permutation of the data set after another, with a seed for each sample; sample n depends only on `seed`
     and n. Process `rank` of `world` takes samples start + rank, start + rank + world, and so on; `start` is the number
     that all processes together have drawn before, so that a resumed run continues exactly.
@@ -399,7 +397,10 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader's handler would raise again for a dead worker
-        print(f"error: {describe(error)}", file=sys.stderr)
+        print(f"error: {(message := describe(error))}", file=sys.stderr)
+        from torch.distributed.elastic.multiprocessing import errors
+
+        errors.get_error_handler().record_exception(ValueError(message))  # for torchrun's summary of all processes
         sys.exit(2)
     finally:
         if dist.is_initialized():

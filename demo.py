@@ -7,8 +7,9 @@ import os
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # before torch: threads that spin while waiting are slow where other jobs use the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":  # before torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin slow down this job and others
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: less time to map memory for tensors
 
 import numpy as np
 import torch

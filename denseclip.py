@@ -1,8 +1,8 @@
 """DenseCLIP: Language-Guided Dense Prediction with Context-Aware Prompting (Rao et al., CVPR 2022, arXiv 2112.01518).
 
 Start at `LanguageGuidedEncoder.forward` (the method, Figure 3), then read `DenseCLIP.forward` (segmentation).
-To copy this file, also take clip_model.py, tokenizer.py with its vocabulary file, and heads.py; all image encoders but
-CLIP's ResNets need backbones.py, too.
+To copy this file, also take clip_model.py, tokenizer.py with its vocabulary file, and heads.py; UperNet and all image
+encoders but CLIP's ResNets need backbones.py, too.
 
     paper      here                  shape
     ---------  --------------------  -----------------------------------------------------------------------------
@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 import clip_model
 from clip_model import ARCHITECTURES, IGNORE_INDEX, Architecture, ResNet, TextEncoder, VisionTransformer
-from heads import FPN, FCNHead, SemanticFPNHead, UperNetHead, resize
+from heads import FPN, FCNHead, SemanticFPNHead, resize
 
 
 class LanguageGuidedEncoder(nn.Module):
@@ -317,7 +317,7 @@ class ContextDecoder(nn.Module):
         return self.out_proj(x)  # (B, K, out_dim)
 
 
-# ------------------------------------------------------------------------------------------------ settings
+# ---------------------------------------------------------------------------------------------- settings, factories
 @dataclass(frozen=True)
 class Preset:
     """A named model: which CLIP, and the sizes and released choices that belong to it."""
@@ -335,8 +335,7 @@ PRESETS = {
     "rn50": Preset(ARCHITECTURES["RN50"], 512),
     "rn101": Preset(ARCHITECTURES["RN101"], 512),
     "vitb16": Preset(ARCHITECTURES["ViT-B/16"], 640, drop_path=0.1),
-    # for a CPU, from random weights
-    "tiny": Preset(Architecture(128, 128, (1, 1, 1, 1), 32, 0, 64, 2), 128, channels=64, decoder_width=64),
+    "tiny": Preset(Architecture(128, 128, (1, 1, 1, 1), 32, 0, 64, 2), 128, channels=64, decoder_width=64),  # for a CPU
     "tiny_vit": Preset(Architecture(128, 128, 4, 128, 16, 64, 2), 128, channels=64, decoder_width=64),
 }
 PROMPTING = {  # the paper's systems: where the contexts of the text come from, and whether the image refines the text
@@ -451,8 +450,10 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
     if resolved.head == "fpn":
         neck, decode_head = FPN(encoder.channels, preset.channels), SemanticFPNHead(len(class_names), preset.channels)
     else:
+        from backbones import UperNetHead
+
         neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * preset.channels)
-    return DenseCLIP(encoder, neck, decode_head, name, resolved).to(memory_format=torch.channels_last)  # the fastest
+    return DenseCLIP(encoder, neck, decode_head, name, resolved).to(memory_format=torch.channels_last)  # fastest so
 
 
 def build_encoder(
@@ -471,7 +472,6 @@ def build_encoder(
         raise ValueError(f"backbone_weights={backbone_weights} would have no effect: they belong to a backbone by name")
     s = resolve(Settings(backbone=name, **settings), preset)
     a, (source, refined) = preset.architecture, PROMPTING[s.prompting]
-
     embed_dim = a.embed_dim if source else 0  # 0: no projection to the text's space
     visual = replace(a, embed_dim=embed_dim, input_resolution=s.crop_size)  # CLIP's image encoder
     if backbone is not None:  # imports are here, so that for ResNets a copy of this file works without backbones.py
@@ -485,7 +485,6 @@ def build_encoder(
         image_encoder = PyramidViT(visual, s.quick_gelu, s.drop_path, s.double_class_embedding)
     else:
         image_encoder = ResNet(visual, crop_positions=preset.detection)
-
     if source is None:
         encoder = PlainEncoder(image_encoder, class_names)
     else:
@@ -535,7 +534,6 @@ def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> 
         clip_model.load_weights(encoder.backbone, visual, clip)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
 def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
     """Write the model's name, settings, class names and weights, and `extra`: only tensors and built-in types.
     The file is renamed once it is complete: after a crash, or if a weight is not finite, the previous one is kept."""
@@ -583,7 +581,7 @@ def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -
 
 
 def restore_model(checkpoint: dict, path: str | Path, build: Callable, backbone=None) -> nn.Module:
-    """The model in what `read_checkpoint` read from path; build: build_model, of this file or detection.py.
+    """The model in what `read_checkpoint` read from path; build: build_model, here or in detection.py. Keeps memory.
     backbone: module or string of your own, as it was given for training; a checkpoint alone never imports code."""
     settings = dict(checkpoint["settings"])
     saved = settings.pop("backbone", None)
@@ -601,8 +599,8 @@ def restore_model(checkpoint: dict, path: str | Path, build: Callable, backbone=
 
 
 def keep_memory() -> None:
-    """From now on, this process keeps the memory that it frees, for its next tensors, as PyTorch does on GPUs. On Linux
-    with glibc, mapping it anew takes up to a quarter of the time of inference on CPUs, a third in training."""
+    """This process now keeps the memory that it frees, for its next tensors, as PyTorch does on GPUs. On Linux with
+    glibc, mapping it anew takes up to a quarter of the time of inference on CPUs. Training would need more memory."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which ends with it

@@ -361,11 +361,10 @@ class Anchors(anchor_utils.AnchorGenerator):
 
     def __init__(self, strides: tuple[int, ...], scales: tuple[float, ...]):
         super().__init__()
-        self.strides, self.cell_anchors, ratios = strides, [], torch.tensor([0.5, 1.0, 2.0]).sqrt()[:, None]
-        for stride in strides:
-            sides = torch.tensor([float(scale * stride) for scale in scales])
-            widths, heights = (sides / ratios).flatten(), (sides * ratios).flatten()
-            self.cell_anchors.append(torch.stack([-widths, -heights, widths, heights], dim=1) / 2)  # (per cell, 4)
+        sides, roots = torch.tensor(scales, dtype=torch.float32), torch.tensor([0.5, 1.0, 2.0]).sqrt()[:, None]
+        widths, heights = (sides / roots).flatten(), (sides * roots).flatten()  # (3 len(scales),), at stride 1
+        cell = torch.stack([-widths, -heights, widths, heights], dim=1) / 2  # (3 len(scales), 4)
+        self.strides, self.cell_anchors = strides, [stride * cell for stride in strides]
 
     def forward(self, images: ImageList, features: list[Tensor]) -> list[Tensor]:
         self.set_cell_anchors(torch.float32, features[0].device)

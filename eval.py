@@ -42,7 +42,6 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
 
 def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -> Tensor:
     """Logits (B, K, H, W), float32, of images (B, 3, H, W): averages over the square windows that hold a pixel.
-
     window, stride: pixels. A side shorter than the window is taken whole, without padding, unless it is shorter than
     SHORTEST: then its last row or column is repeated."""
     size = images.shape[-2:]
@@ -79,7 +78,6 @@ def probability_strips(
     model: nn.Module, image: Tensor, size: tuple[int, int], short_side: int | None = None, multi_scale: bool = False
 ) -> Iterator[Tensor]:
     """Class probabilities (K, rows, W) of one image, from top to bottom: means over its scaled and flipped variants.
-
     model:      in eval mode, with `crop_size`: the window's side in pixels; the stride is two thirds of it
     image:      (3, h, w) normalized
     size:       (H, W) of the result, usually that of the image file
@@ -124,7 +122,6 @@ class ConfusionMatrix:
 
     def compute(self) -> dict[str, float | Tensor]:
         """Scores in per cent: `miou, mean_accuracy, pixel_accuracy` and per class `iou` (K,), `accuracy` (K,).
-
         A class neither labeled nor predicted has no IoU (nan) and is left out of the mean; one that is predicted but
         never labeled counts as 0. Accuracy is defined for labeled classes only."""
         counts = self.counts.double().cpu()
@@ -165,7 +162,6 @@ def evaluate(
     model: nn.Module, dataset: SegmentationDataset, device, workers: int = 0, save_masks=None, colors=None, **protocol
 ) -> dict[str, float | Tensor]:
     """Scores of `model` on `dataset`, as `ConfusionMatrix.compute` returns them.
-
     save_masks: folder for the predicted masks, PNGs with the data set's own label values and `colors`
     protocol:   short_side and multi_scale, see `probability_strips`
     Under torchrun the processes split the images and return the same scores. The model's mode is restored."""
@@ -244,7 +240,6 @@ def main() -> None:
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()
     check_ranges(vars(args))
-
     rank, _, device = start_process(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     model = restore_model(checkpoint, args.checkpoint, build_model, backbone=args.backbone).to(device)

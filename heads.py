@@ -1,5 +1,4 @@
-"""Standard necks and heads, not this paper's: FPN, Semantic FPN, UperNet and FCN, initialized as in the released code.
-
+"""Standard necks and heads, not this paper's: FPN, Semantic FPN and FCN, initialized as in the released code.
 All take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone."""
 
 from collections import OrderedDict
@@ -44,7 +43,6 @@ class FPN(nn.Module):
 
 class SemanticFPNHead(nn.Module):
     """Semantic FPN (Kirillov et al., 2019): brings every level to the finest one's size, sums and classifies.
-
     Level i, whose stride is twice that of level i - 1, has max(1, i) blocks, and x2 up-sampling after each if i > 0."""
 
     def __init__(self, num_classes: int, channels: int = 256, levels: int = 4, dropout: float = 0.1):
@@ -61,36 +59,6 @@ class SemanticFPNHead(nn.Module):
         finest, *coarser = (head(level) for head, level in zip(self.scale_heads, pyramid, strict=True))
         x = sum((resize(x, finest.shape[-2:]) for x in coarser), start=finest)  # (B, channels, H_0, W_0)
         return self.conv_seg(self.dropout(x))  # (B, K, H_0, W_0)
-
-
-class UperNetHead(nn.Module):
-    """UperNet (Xiao et al., 2018) as in mmsegmentation, neck and head in one: pyramid pooling on the coarsest map,
-    top-down sums, all levels resized to the finest one's size and fused by one convolution.
-
-    Training needs two or more images per batch: after the coarsest pooling, batch norm sees one pixel per image."""
-
-    def __init__(self, in_channels: list[int], num_classes: int, channels: int = 512, dropout: float = 0.1):
-        super().__init__()
-        (*finer, coarsest), bins = in_channels, (1, 2, 3, 6)
-        pools = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(coarsest, channels, 1, norm=True)) for n in bins]
-        self.psp_modules = nn.ModuleList(pools)
-        self.bottleneck = conv(coarsest + len(bins) * channels, channels, 3, norm=True)
-        self.lateral_convs = nn.ModuleList(conv(c, channels, 1, norm=True) for c in finer)
-        self.fpn_convs = nn.ModuleList(conv(channels, channels, 3, norm=True) for _ in finer)
-        self.fpn_bottleneck = conv(len(in_channels) * channels, channels, 3, norm=True)
-        self.dropout, self.conv_seg = nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1)
-
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
-        """[(B, C_i, H_i, W_i)], fine to coarse -> logits (B, K, H_0, W_0)."""
-        *finer, coarsest = pyramid
-        pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.psp_modules]  # (B, channels, H_3, W_3)
-        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, finer, strict=True)]  # (B, channels, H_i, W_i)
-        levels.append(self.bottleneck(torch.cat([coarsest, *pooled], dim=1)))
-        for i in range(len(levels) - 1, 0, -1):
-            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[-2:])
-        outputs = [output(x) for output, x in zip(self.fpn_convs, levels[:-1], strict=True)] + levels[-1:]
-        x = torch.cat([resize(x, outputs[0].shape[-2:]) for x in outputs], dim=1)  # (B, 4 channels, H_0, W_0)
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))  # (B, K, H_0, W_0)
 
 
 class FCNHead(nn.Sequential):

@@ -23,14 +23,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # before torch: threads that spin while waiting are slow where other jobs use the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":  # before torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin slow down this job and others
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: less time to map memory for tensors
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only  # private, but stable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -70,13 +71,11 @@ class Recipe:
 
 SWIN = Recipe(iterations=160_000, batch_size=16, lr=6e-5, weight_decay=0.01, backbone_lr_multiplier=1.0)
 SWIN = replace(SWIN, decay_norms=False, power=1.0, min_lr=0.0)  # its authors', for --backbone swin_t, swin_s (Table 5)
-# mmsegmentation's default, for --optimizer sgd (section 4.1)
-SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier=1.0, warmup=0, min_lr=1e-4)
+SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier=1.0, warmup=0, min_lr=1e-4)  # sec. 4.1
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """The optimizer's parameter groups: a smaller rate for the image encoder, no decay of the context decoder's norms.
-
     Also freezes the text encoder, unless its learning rate is above 0; frozen parameters are in no group.
     Released code: the longest matching key decides, so a norm inside the backbone counts as "backbone" and does decay;
     "norm" occurs in the names of the context decoder's norm1..3 only."""
@@ -135,7 +134,6 @@ def train(
     data: dict | None = None,
 ) -> dict:
     """Train `model` by `recipe`, writing checkpoints and the log to `out`; return the last evaluation's scores.
-
     model(images, labels) in train mode must return a dict of losses, whose sum is minimized. `train_set` brings its own
     sampler and collate function. evaluate_model(model) returns scores, of which `score` decides what best.pt is.
     save_every: 1,000 iterations by default, but at most a tenth of the run. `data` is kept in the checkpoints.
@@ -219,8 +217,6 @@ def train(
 
 def prepare(model: nn.Module, recipe: Recipe, device: torch.device, recompute: bool) -> tuple[nn.Module, Optimizer]:
     """Put the model on the device, to be trained; return what is called there, and the optimizer."""
-    if device.type == "cpu":
-        denseclip.keep_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     world = this_process()[1]
     if world > 1 and device.type == "cuda":  # SyncBatchNorm has no CPU version: there, each process has its own
@@ -231,7 +227,7 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device, recompute: b
     optimizer = build_optimizer(model, recipe)
     if world == 1:
         return model, optimizer
-    # harmless: the strides are the contexts', and only newer versions of PyTorch know broadcast_buffers by another name
+    # both harmless: the strides are those of `contexts`, and newer versions of PyTorch rename broadcast_buffers
     warnings.filterwarnings("ignore", "Grad strides do not match|`broadcast_buffers` is deprecated")
     other = model.settings.backbone is not None  # not CLIP's: it may have parameters without a gradient
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other), optimizer
@@ -331,7 +327,7 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
         if device.type == "cuda" and "cuda" in states[rank]:
             torch.cuda.set_rng_state(states[rank]["cuda"], device)
     elif rank == 0:
-        print(f"{path} is from {len(states)} processes, now {world}: same schedule and samples, dropout is reseeded")
+        print(f"{path} is from {len(states)} processes, now {world}: dropout draws other values")
     return done, checkpoint.get("best", -1.0) if (out / "best.pt").is_file() else -1.0
 
 
@@ -366,7 +362,7 @@ def write_log(out: Path, record: dict, mode: str = "a") -> None:
     if this_process()[0] == 0:
         with open(out / "log.jsonl", mode, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and "iteration" in record}
         tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
 
 
@@ -378,13 +374,14 @@ SETTABLE = [field.name for field in fields(Settings) if field.name not in (*OWN,
 def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, recipe: Recipe, out: str) -> None:
     """Options of model, recipe (its defaults) and run; first: add_argument of the group that --help begins with."""
     d = "(default: %(default)s)"
-    first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: the first; see --backbone)")
+    default = "the first; with --backbone vitb16, for its text" if "vitb16" in models else "the first"
+    first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
     first("--out", type=Path, default=Path(out), metavar="DIR", help=d)
     option = parser.add_argument_group("model").add_argument
     option("--init", metavar="PATH", help="start from this checkpoint: its model, settings and all weights that fit")
     option("--clip", metavar="NAME", help="CLIP's weights: RN50 and the like, a file, or none (default: the model's)")
     option("--prompting", choices=PROMPTING, help="where the text comes from; none: baseline (default: post)")
-    option("--backbone", metavar="NAME", help="resnet50, swin_t, ... or package.module:function, with vitb16's text")
+    option("--backbone", metavar="NAME", help="instead of CLIP's: resnet50, swin_t, ..., or package.module:function")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
     option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=f"of {', '.join(SETTABLE)}")
     option = parser.add_argument_group("recipe").add_argument
@@ -458,7 +455,6 @@ def choose_model(presets: dict, options: dict) -> tuple[str, dict, dict]:
     kind = {k: theirs[k] for k in ("prompting", "backbone", "head") if theirs.get(k)} | settings
     used = asdict(denseclip.resolve(Settings(**kind), preset))
     settings = {k: v for k, v in theirs.items() if used.get(k) is not None} | settings
-
     backbone = settings.get("backbone")
     if init and (clip or pretrained):
         raise ValueError(f"--init {init} has all weights: leave out --clip and --backbone-weights")
@@ -522,14 +518,12 @@ def main() -> None:
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: the crop size)")
     args = parser.parse_args()
     check_ranges(vars(args))
-    if args.train and not args.val:
-        raise ValueError("--train also needs --val: two folders of images and masks to score the model on")
-
+    if args.train and not (args.val and args.classes):
+        raise ValueError("--train also needs --val, two folders to score the model on, and --classes, a list of names")
     args.resume = find_run(args.out, args.resume)
     train_folders, val_folders = args.train or find_split(args.data, "train"), args.val or find_split(args.data, "val")
     listed, ade20k = Path(args.data, "classes.txt"), is_ade20k(train_folders[1])
-    default = listed if listed.is_file() or not ade20k else "ade20k"
-    class_names, colors = read_classes(args.classes or ("--classes" if args.train else default))  # or an error
+    class_names, colors = read_classes(args.classes or (listed if listed.is_file() or not ade20k else "ade20k"))
     name, settings, weights = choose_model(PRESETS, vars(args))
     model, device = start_model(build_model, name, class_names, settings, weights, vars(args))
     torch.backends.cudnn.benchmark = True  # all crops have the same size
@@ -540,7 +534,6 @@ def main() -> None:
     val_set = SegmentationDataset(*val_folders, len(class_names), **labels)
     recipe = SGD if args.optimizer == "sgd" else SWIN if args.backbone in ("swin_t", "swin_s") else Recipe()
     recipe = complete(recipe, vars(args) | labels | weights)
-
     rank, world = this_process()
     if rank == 0:
         print(f"{model.name}, {world} x {device}, {len(train_set)} training and {len(val_set)} validation images")

@@ -25,8 +25,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
+
+if __name__ == "__main__":  # before torch, as train.py does; `default_memory` says where large pages are used
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
@@ -118,10 +122,13 @@ def released_labels(model, image: Tensor, size: tuple[int, int], short_side: int
     return total.argmax(dim=1)[0]
 
 
-def default_memory() -> None:
-    """Undo `denseclip.keep_memory`: glibc as it is after the first large blocks, which set its thresholds."""
+def default_memory(large_pages: bool = False) -> None:
+    """Undo `denseclip.keep_memory`: glibc as it is after the first large blocks, which set its thresholds.
+    large_pages: let Linux back large tensors with pages of 2 MB, where THP_MEM_ALLOC_ENABLE asks for them, as train.py
+    does. Nothing else here uses them."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
+        libc.prctl(41, int(not large_pages), 0, 0, 0)  # PR_SET_THP_DISABLE
         for option, value in ((-4, 65536), (-3, 2**25), (-1, 2**26)):  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             libc.mallopt(option, value)
         libc.malloc_trim(0)
@@ -153,12 +160,15 @@ class Benchmark:
         work()
         return time.perf_counter() - start
 
-    def take_turns(self, *sides: Callable[[], object]) -> list[float]:
-        """The median seconds of each side. Two rounds; in each, a side first runs twice untimed."""
+    def take_turns(self, *sides: Callable[[], object], memory: Callable = denseclip.keep_memory) -> list[float]:
+        """The median seconds of each side. Two rounds; in each, a side first runs twice untimed. The first of several
+        is the released code's, with memory as it is by default; memory: called before the others."""
         times = [[] for _ in sides]
         for _ in range(2):
             for i, work in enumerate(sides):
-                default_memory() if i == 0 and len(sides) > 1 else denseclip.keep_memory()
+                default_memory()
+                if i > 0 or len(sides) == 1:
+                    memory()
                 work()
                 work()
                 times[i] += [self.seconds(work) for _ in range(-(-self.runs // 2))]
@@ -277,7 +287,6 @@ class Training:
             self.model.encoder.text_encoder.requires_grad_(True)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=False)
         else:
-            denseclip.keep_memory()  # as train.train
             self.optimizer = build_optimizer(self.model, Recipe())
             if recompute:
                 recompute_blocks(self.model)
@@ -300,7 +309,7 @@ def training(bench: Benchmark) -> None:
     for precision in ("fp32", "bf16"):
         sides = Training(bench, True), Training(bench, False, precision), Training(bench, False, precision, True)
         flops = count_flops(sides[1])
-        released, *ours = bench.take_turns(*sides)
+        released, *ours = bench.take_turns(*sides, memory=partial(default_memory, large_pages=True))
         for how, seconds in zip(("training step", "with --recompute"), ours, strict=True):
             work = f"rn50, {how}, {bench.batch_size} x 512 x 512, {flops / 1e9:.0f} GFLOP"
             bench.row(work, precision, [released, seconds], flops)
@@ -322,6 +331,7 @@ def memory(bench: Benchmark) -> None:
 
 def peak_memory(bench: Benchmark, side: str, precision: str) -> int:
     released = side == "released"  # which has no autocast
+    default_memory(large_pages=not released)
     step = Training(bench, released, "fp32" if released else precision, side == "recompute")
     for _ in range(2):
         step()

@@ -11,8 +11,8 @@ import torch
 from helpers import NAMES, images, make_folders, run, train_steps
 
 import train
+from backbones import UperNetHead
 from denseclip import PRESETS, PROMPTING, build_encoder, build_model, load_checkpoint
-from heads import UperNetHead
 from tokenizer import tokenize
 
 
