@@ -16,6 +16,7 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import urllib.request
 import warnings
 import zipfile
@@ -401,7 +402,11 @@ def read_tensors(path: str | Path) -> object:
         archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
         if archive and (damaged := archive.testzip()):  # compares checksums, which torch.load does not
             raise ValueError(f"{damaged} in it differs from its checksum")
-        if archive and any("/code/" in name for name in archive.namelist()):  # TorchScript
+        files = archive.infolist() if archive else []
+        code = [archive.read(file) for file in files if re.search(r"/code/.*\.py$", file.filename, re.IGNORECASE)]
+        if any(b"__setstate__" in text for text in code):  # torch.jit.load would run it
+            raise pickle.UnpicklingError
+        if code:  # TorchScript
             with warnings.catch_warnings(action="ignore"):  # deprecated since torch 2.10
                 return torch.jit.load(str(path), map_location="cpu").state_dict()
         return torch.load(path, map_location="cpu", weights_only=True)

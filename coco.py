@@ -306,6 +306,8 @@ def evaluate_detection(
     Several processes share the images and return the same scores. The model's mode is restored."""
     rank, world = this_process()
     if save_results is not None and rank == 0:
+        if save_results.is_file():  # perhaps the annotations
+            raise ValueError(f"{save_results} already exists: name another file")
         save_results.parent.mkdir(parents=True, exist_ok=True)
         save_results.open("a").close()  # if it cannot be written, then an error now, not after hours
     results, was_training = [], model.training

@@ -68,9 +68,9 @@ def convert(source: Path, target: Path, class_names: list[str] | None = None, un
 
 def read_release(source: Path, unsafe: bool) -> tuple[dict[str, Tensor], list[str], list[tuple[int, int, int]]]:
     """State dict, class names and RGB colors of the authors' file; names and colors are empty if it has none."""
-    checkpoint = None if unsafe else read_tensors(source)
+    checkpoint = None if unsafe and source.is_file() else read_tensors(source)
     try:
-        if unsafe:
+        if checkpoint is None:
             checkpoint = torch.load(source, map_location="cpu", weights_only=False)
         state_dict, meta = checkpoint["state_dict"], checkpoint.get("meta") or {}
         names, colors = meta.get("CLASSES") or [], meta.get("PALETTE") or []

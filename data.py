@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from clip_model import IGNORE_INDEX, MEAN, STD, download
+from clip_model import IGNORE_INDEX, MEAN, STD, download, one_at_a_time
 
 CLASSES_DIR = Path(__file__).resolve().parent / "classes"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -51,7 +51,7 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
             continue
         name, *color = [field.strip() for field in line.split("\t")]
         is_rgb = len(color) == 3 and all(c.isdecimal() and int(c) <= 255 for c in color)
-        if not name or name in colors or "\N{REPLACEMENT CHARACTER}" in name or (color and not is_rgb):
+        if not 0 < len(name) < 300 or name in colors or "\N{REPLACEMENT CHARACTER}" in name or (color and not is_rgb):
             raise ValueError(f"{path}:{number}: {line!r}; expected UTF-8: name, or name, R, G, B with tabs; none twice")
         colors[name] = tuple(map(int, color)) if color else spare[len(colors) % 256]
     if not colors:
@@ -87,7 +87,7 @@ def is_ade20k(masks: str | Path) -> bool:
 
 def files_by_stem(folder: str | Path, suffixes: set[str]) -> dict[str, Path]:
     """The image files of a folder, sorted; files of other types are skipped."""
-    files, visible = {}, sorted(p for p in Path(folder).glob("[!.]*") if p.is_file())
+    files, visible = {}, sorted(p for p in Path(folder).glob("[!.]*") if p.is_file() or p.is_symlink())
     for path in (p for p in visible if p.suffix.lower() in suffixes):
         if path.stem in files:
             raise ValueError(f"{path}: same name as {files[path.stem].name}; images and masks are paired by name")
@@ -120,11 +120,11 @@ def read_image(path: str | Path) -> Tensor:
 
 def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     """Gray, palette, CMYK and 1-bit images are converted, alpha is dropped, 16-bit gray is scaled to 8 bits."""
-    low, high = image.getextrema() if image.mode.startswith("I") else (0, 0)
-    if image.mode in ("F", "LAB") or low < 0 or high > 65535:
+    values = np.asarray(image).astype(np.int64) if image.mode.startswith("I") else np.zeros(1)
+    if image.mode in ("F", "LAB") or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{path}: its {image.mode} values have no standard RGB form; save it as RGB or 8-bit gray")
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
-        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     via = image.convert("RGBA") if "transparency" in image.info else image  # or Pillow warns about palettes
     return via if via.mode == "RGB" else via.convert("RGB")
 
@@ -371,12 +371,13 @@ def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_
     if folder.is_dir():
         return folder
     download(url, archive, sha1, "sha1")
-    shutil.rmtree(unpacked, ignore_errors=True)  # left by an interrupted run
-    with zipfile.ZipFile(archive) as zipped:
-        zipped.extractall(unpacked, tqdm(zipped.namelist(), f"unpacking {name}", unit="file"))
-    (unpacked / name).rename(folder)
-    shutil.rmtree(unpacked)
-    archive.unlink()
+    with one_at_a_time(unpacked / "lock"):  # another process may be unpacking; what an interrupted one left is replaced
+        if not folder.is_dir():
+            with zipfile.ZipFile(archive) as zipped:
+                zipped.extractall(unpacked, tqdm(zipped.namelist(), f"unpacking {name}", unit="file"))
+            (unpacked / name).rename(folder)
+            shutil.rmtree(unpacked)
+    archive.unlink(missing_ok=True)
     return folder
 
 

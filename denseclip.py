@@ -377,8 +377,8 @@ class Settings:
 # Every number that a user may set, in Settings or as an option of a script.
 RANGES = {"gamma": (-1e3, 1e3), "tau": (1e-4, 1e3), "drop_path": (0, 0.99), "threshold": (0, 1), "workers": (0, 256)}
 RANGES |= {"num_contexts decoder_layers": (1, 64), "context_length": (5, 1024), "crop_size short_side": (32, 8192)}
-RANGES |= {"lr weight_decay backbone_lr_multiplier text_lr_multiplier power min_lr clip_grad": (0, 1e6)}
-RANGES |= {"iterations batch_size accumulate eval_every save_every log_every": (1, 10**9), "warmup": (0, 10**9)}
+RANGES |= {"lr weight_decay backbone_lr_multiplier text_lr_multiplier power min_lr clip_grad warmup": (0, 1e6)}
+RANGES |= {"iterations eval_every save_every log_every": (1, 10**9), "batch_size accumulate": (1, 65536)}
 RANGES |= {"aux_weight fcn_weight": (0, 1e6), "seed": (0, 2**32 - 1), "ignore_index": (-1, 65535)}  # of 16-bit masks
 RANGES = {name: limits for names, limits in RANGES.items() for name in names.split()}
 

@@ -2,7 +2,6 @@
 
     python eval.py --checkpoint runs/rn50/best.pt                         # ADE20K val, single-scale, sliding window
     python eval.py --checkpoint runs/rn50/best.pt --multi-scale           # six scales, each also flipped
-    python eval.py --checkpoint best.pt --val IMAGES MASKS --save-masks predicted
     torchrun --standalone --nproc_per_node 8 eval.py --checkpoint runs/rn50/best.pt
 
 The checkpoint knows its model, settings, class names, how masks were read, and training's validation set. The protocol
@@ -61,11 +60,6 @@ def sliding_window(model: nn.Module, images: Tensor, window: int, stride: int) -
             logits[:, :, y : y + window, x : x + window] += output  # (B, K, window, window), or less at a short side
             count[:, :, y : y + window, x : x + window] += 1
     return logits.div_(count)[:, :, : size[0], : size[1]]
-
-
-def predict_probabilities(model: nn.Module, image: Tensor, size: tuple[int, int], **protocol) -> Tensor:
-    """Class probabilities (K, H, W) of one image. Arguments: see `probability_strips`."""
-    return torch.cat(list(probability_strips(model, image, size, **protocol)), dim=1)
 
 
 def predict_labels(model: nn.Module, image: Tensor, size: tuple[int, int], **protocol) -> Tensor:
@@ -249,6 +243,8 @@ def main() -> None:
     images, masks = folders or find_split(args.data or "data/ADEChallengeData2016", "val")
     if not args.val and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: the validation set of training is not here; give --val IMAGES MASKS")
+    if args.save_masks and Path(args.save_masks).resolve() in (Path(images).resolve(), Path(masks).resolve()):
+        raise ValueError(f"--save-masks {args.save_masks} holds the validation set: name another folder")
     run, labels = checkpoint.get("run", {}), {"ignore_index": IGNORE_INDEX, "reduce_zero_label": is_ade20k(masks)}
     labels = {k: run.get(k, v) if getattr(args, k) is None else getattr(args, k) for k, v in labels.items()}
     dataset = SegmentationDataset(images, masks, len(names), **labels)

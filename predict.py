@@ -36,7 +36,7 @@ import data
 import denseclip
 from clip_model import IGNORE_INDEX, MEAN, STD, load_clip
 from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, read_checkpoint, restore_model
-from eval import label_image, predict_labels, predict_probabilities, sliding_window, start_process
+from eval import label_image, predict_labels, probability_strips, sliding_window, start_process
 from heads import resize
 
 # Seven that suffice, say CLIP's authors: github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb
@@ -171,7 +171,7 @@ class Predictor:
 
     def probabilities(self, photo: Photo) -> Tensor:
         """(K, H, W) on the CPU; all classes of a large photo need much memory."""
-        return predict_probabilities(self.model, *self.read(photo), **self.protocol).cpu()
+        return torch.cat(list(probability_strips(self.model, *self.read(photo), **self.protocol)), dim=1).cpu()
 
     @torch.no_grad()
     def score_maps(self, photo: Photo, small: bool = False) -> Tensor:

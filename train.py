@@ -326,8 +326,6 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
         torch.set_rng_state(states[rank]["cpu"])
         if device.type == "cuda" and "cuda" in states[rank]:
             torch.cuda.set_rng_state(states[rank]["cuda"], device)
-    elif rank == 0:
-        print(f"{path} is from {len(states)} processes, now {world}: dropout draws other values")
     return done, checkpoint.get("best", -1.0) if (out / "best.pt").is_file() else -1.0
 
 
@@ -423,7 +421,8 @@ def find_run(out: Path, resume: str | None) -> Path | None:
         raise ValueError(f"--out {out} is a file, not a folder")
     if path and not path.is_file():
         raise FileNotFoundError(f"--resume: {path} does not exist; leave --resume out to start this run")
-    if (out / "last.pt").exists() and (path is None or path.resolve().parent != out.resolve()):
+    used = any((out / name).exists() for name in ("last.pt", "best.pt"))
+    if used and (path is None or path.resolve().parent != out.resolve()):
         raise ValueError(f"{out} already holds a run: continue it with --resume, or name another --out")
     return path
 
@@ -438,8 +437,8 @@ def choose_model(presets: dict, options: dict) -> tuple[str, dict, dict]:
         with contextlib.suppress(ValueError):
             given[name] = json.loads(text)
     settings = {k: v for k, v in (given | {name: options[name] for name in OWN}).items() if v is not None}
-    source = init and (options["resume"] or init)  # a resumed run has the settings itself
-    saved = read_checkpoint(source) if source else {}
+    source = init if init is None else options["resume"] or init  # a resumed run has the settings itself
+    saved = {} if source is None else read_checkpoint(source)
     if source and saved["name"] not in ([model] if model else presets):
         raise ValueError(f"--init {source}: it holds {saved['name']}, not {model or ' or '.join(presets)}")
     theirs = saved.get("settings", {})
@@ -549,7 +548,6 @@ def main() -> None:
     if rank == 0:
         print(format_table(metrics, class_names))
         print(f"weights: {args.out / 'best.pt'} (best mIoU), {args.out / 'last.pt'}; log: {args.out / 'log.jsonl'}")
-        print(f"pictures: python predict.py PHOTOS --checkpoint {args.out / 'best.pt'}")
 
 
 if __name__ == "__main__":

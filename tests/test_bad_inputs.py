@@ -149,6 +149,14 @@ BAD = [
     ("train", "--backbone nosuch:net", "is nosuch in this folder or on PYTHONPATH?"),
     ("train", "--backbone-weights {best}", "would have no effect: they belong to a backbone by name"),
     ("train", "--backbone resnet18 --backbone-weights {new}", "no such file; weights of resnet18"),
+    (
+        "eval",
+        "--checkpoint {best} --val {images} {masks} --save-masks {masks} --device cpu",
+        "holds the validation set",
+    ),
+    ("eval", "--checkpoint {best} --val {images} {masks} --save-masks {images} --device cpu", "name another folder"),
+    ("train", "--out {oldrun}", "already holds a run"),
+    ("train", "--classes {longname}", "expected UTF-8: name"),
     ("convert", "{best} {new}.pt", "expected a checkpoint of the authors' release"),
     ("convert", "{empty} {new}.pt", "cut short or damaged"),
     ("convert", "{clip} {best}", "best.pt already exists"),
@@ -238,8 +246,13 @@ def files(tmp_path_factory):
     (root / "run").mkdir()
     shutil.copy(root / "best.pt", root / "run" / "last.pt")
     os.mkfifo(root / "fifo.jpg")
+    (root / "oldrun").mkdir()
+    shutil.copy(root / "best.pt", root / "oldrun" / "best.pt")  # whose last.pt is gone
+    (root / "longname.txt").write_text("sky\n" + "x" * 1_000_000)
     made = {name: root / f"{name}.pt" for name in damaged_checkpoints(root, root / "best.pt") + damaged_clips(root)}
-    made |= {name: root / f"{name}.txt" for name in ("empty", "text", "oneclass")}
+    made |= {name: root / f"{name}.txt" for name in ("empty", "text", "oneclass", "longname")} | {
+        "oldrun": root / "oldrun"
+    }
     made |= {"images": images, "masks": masks, "photo": f"{images}/0.png", "png": f"{images}/0.png"}
     return made | {"best": root / "best.pt", "run": root / "run", "fifo": root / "fifo.jpg", "new": root / "new"}
 
@@ -277,7 +290,30 @@ class Payload:
         return open, (str(self.path), "w")
 
 
+class Script(torch.nn.Module):
+    """TorchScript that writes a file when it is loaded."""
+
+    path: str
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path, self.w = path, torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.w, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]):
+        self.path, self.w, self.training = state[0], state[1], state[2]
+        torch.save(state[1], state[0])
+
+
 HOSTILE = {
+    "TorchScript": lambda path, payload: torch.jit.script(Script(str(payload.path))).save(str(path)),
     "a pickle": lambda path, payload: path.write_bytes(pickle.dumps(payload)),
     "torch.save": lambda path, payload: torch.save({"model": payload}, path),
     "torch.save's old format": lambda path, p: torch.save({"model": p}, path, _use_new_zipfile_serialization=False),

@@ -13,9 +13,13 @@ from torch import nn
 import eval as evaluation
 from data import SegmentationDataset
 from denseclip import build_model, load_checkpoint, save_checkpoint
-from eval import ConfusionMatrix, evaluate, predict_labels, predict_probabilities, sliding_window, window_starts
+from eval import ConfusionMatrix, evaluate, predict_labels, probability_strips, sliding_window, window_starts
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def predict_probabilities(model, image, size, **protocol):
+    return torch.cat(list(probability_strips(model, image, size, **protocol)), dim=1)
 
 
 class Toy(nn.Module):

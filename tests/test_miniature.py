@@ -1,10 +1,13 @@
-"""experiments/miniature.py: captions name no places, the four sets share no drawing, runs are paired and resumed; slow:
-a short pre-training beats chance in retrieval through load_clip, and walkthrough.ipynb runs from beginning to end."""
+"""experiments/miniature.py: captions name no places, the sets share no drawing, runs are paired and not repeated. The
+outputs of walkthrough.ipynb are in it. Slow: a short pre-training beats chance in retrieval through load_clip, and the
+notebook runs from beginning to end."""
 
 import json
 import math
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 
@@ -79,3 +82,26 @@ def test_a_short_pretraining_beats_chance_in_retrieval(tmp_path):
     found = miniature.retrieval(tmp_path / "clip.pt", number=100)  # by load_clip, encode_image, encode_text
     assert found["chance"] == 1
     assert found["image to text"] > 5 and found["text to image"] > 5
+
+
+def test_the_walkthrough_has_its_outputs_and_is_small():
+    notebook = nbformat.read(ROOT / "walkthrough.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
+    text = "".join(cell.source for cell in notebook.cells)
+    assert all(f"## Eq. ({number})" in text or f"Eqs. (5) and ({number})" in text for number in (1, 2, 3, 6, 7))
+    assert (ROOT / "walkthrough.ipynb").stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_the_walkthrough_runs(tmp_path):
+    """Every cell, with fewer steps."""
+    notebook = nbformat.read(ROOT / "walkthrough.ipynb", as_version=4)
+    fewer = {"steps=600": "steps=20", "drawings=3_000": "drawings=64", "iterations=240": "iterations=4"}
+    fewer |= {"warmup=24": "warmup=0", "runs/walkthrough": str(tmp_path), "train=32, val=20": "train=8, val=5"}
+    for old, new in fewer.items():
+        assert any(old in cell.source for cell in notebook.cells), old
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
