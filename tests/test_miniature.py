@@ -80,8 +80,8 @@ def test_mean_and_standard_error():
 def test_a_short_pretraining_beats_chance_in_retrieval(tmp_path):
     miniature.pretrain(tmp_path / "clip.pt", steps=150, drawings=1_500, batch_size=32)
     found = miniature.retrieval(tmp_path / "clip.pt", number=100)  # by load_clip, encode_image, encode_text
-    assert found["chance"] == 1
-    assert found["image to text"] > 5 and found["text to image"] > 5
+    assert found["recall@1, chance"] == 1
+    assert found["recall@1, image to text"] > 5 and found["recall@1, text to image"] > 5
 
 
 def test_the_walkthrough_has_its_outputs_and_is_small():
