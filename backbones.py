@@ -184,6 +184,14 @@ class UperNetHead(nn.Module):
         return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))  # (B, K, H_0, W_0)
 
 
+class FCNHead(nn.Sequential):
+    """UperNet's auxiliary head on the third map, for training alone: (B, C, H, W) -> logits (B, K, H, W)."""
+
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, dropout: float = 0.1):
+        classifier = nn.Conv2d(channels, num_classes, 1)
+        super().__init__(conv(in_channels, channels, 3, norm=True), nn.Dropout2d(dropout), classifier)
+
+
 PYRAMIDS = dict.fromkeys(("resnet18", "resnet50", "resnet101"), ResNetPyramid)
 PYRAMIDS |= {"swin_t": SwinPyramid, "swin_s": SwinPyramid, "vit_b_16": ViTPyramid}
 
@@ -194,9 +202,14 @@ def build_backbone(name: str, weights: str | None = None, drop_path: float | Non
     if ":" in name:
         path, _, function = name.partition(":")
         try:
-            return getattr(importlib.import_module(path), function)()
+            module = getattr(importlib.import_module(path), function)()
         except (ImportError, AttributeError) as error:
             raise ValueError(f"--backbone {name}: {error}; is {path} in this folder or on PYTHONPATH?") from error
+        except Exception as error:  # of that code
+            raise ValueError(f"--backbone {name}: {type(error).__name__}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"--backbone {name}: it returned a {type(module).__name__}, expected a module")
+        return module
     if name not in PYRAMIDS:
         own = "package.module:function; your own module is given again to load_checkpoint(path, backbone=module)"
         raise ValueError(f"no backbone named {name!r}: choose one of {', '.join(PYRAMIDS)} or {own}")

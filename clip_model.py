@@ -8,8 +8,7 @@ Both image encoders return what a dense task needs instead of one vector per ima
     visual_embeddings    (B, C, H, W)  z: the same projection into the shared space, at every position
 
 Parameter names are OpenAI's, so their files load without a key map. This file needs only torch and tqdm.
-    clip = load_clip("RN50")  # or a file; then clip.encode_image(images), clip.encode_text(tokens)
-"""
+    clip = load_clip("RN50")  # or a file; then clip.encode_image(images), clip.encode_text(tokens)"""
 
 import contextlib
 import hashlib
@@ -402,8 +401,8 @@ def read_tensors(path: str | Path) -> object:
         archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
         if archive and (damaged := archive.testzip()):  # compares checksums, which torch.load does not
             raise ValueError(f"{damaged} in it differs from its checksum")
-        files = archive.infolist() if archive else []
-        code = [archive.read(file) for file in files if re.search(r"/code/.*\.py$", file.filename, re.IGNORECASE)]
+        names = archive.namelist() if archive else []
+        code = [archive.read(name) for name in names if re.search(r"/code/.*\.py$", name, re.IGNORECASE)]
         if any(b"__setstate__" in text for text in code):  # torch.jit.load would run it
             raise pickle.UnpicklingError
         if code:  # TorchScript
@@ -460,7 +459,7 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
                 if file.stat().st_size < total:
                     raise OSError(f"ended at {file.stat().st_size} of {total} bytes")
             except Exception as error:  # http.client's errors, too, and a length that is no number
-                if getattr(error, "code", None) != 416:  # 416: nothing left to send, the part is complete
+                if getattr(error, "code", None) != 416 or not start:  # 416: nothing left to send, the part is complete
                     how = f"run again to resume, or fetch it by hand and save it as {path}"
                     raise OSError(f"{url}: {error}; {how}") from None
         with open(file, "rb") as stream:
@@ -472,6 +471,22 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
             raise ValueError(f"{url if new else path}: {algorithm} {digest}, expected {checksum}; {how}")
         if new:
             os.replace(file, path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end; after an error or an interruption, `path` is as before."""
+    part = path.with_name(f".{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what stopped its writing
+        if not isinstance(cause, OSError):  # Ctrl-C, or no error of writing
+            raise (cause if isinstance(cause, KeyboardInterrupt) else error) from None
+        raise OSError(f"{path} was left as it was: writing failed, is the disk full? ({cause})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from clip_model import replacing
 from data import IterationSampler, open_image, read_image, resize_to_fit
 from eval import leave_group, this_process
 
@@ -187,10 +188,8 @@ class CocoDetection(torch.utils.data.Dataset):
         index, seed = key if isinstance(key, tuple) else (key, None)
         entry = self.images[index]
         path, size = self.image_dir / entry["file_name"], (entry["height"], entry["width"])
+        self.check_size(index)
         image = read_image(path)  # (3, H, W)
-        if image.shape[1:] != size:
-            stored = f"{tuple(image.shape[1:])} (height, width), EXIF orientation not applied"
-            raise ValueError(f"{path}: stored as {stored}, but {self.annotations} says {size}")
         annotations = self.coco.imgToAnns[entry["id"]]
         boxes = torch.tensor([a["box"] for a in annotations], dtype=torch.float32).reshape(-1, 4)  # (N, 4)
         labels = torch.tensor([a["label"] for a in annotations], dtype=torch.int64)  # (N,)
@@ -202,6 +201,15 @@ class CocoDetection(torch.utils.data.Dataset):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the GPU's generator
             image, target = self.transform(image, target)
         return image, target, str(path)
+
+    def check_size(self, index: int) -> None:
+        """A ValueError if an image is not of the size that the annotations say; only its header is read."""
+        entry = self.images[index]
+        width, height = open_image(self.image_dir / entry["file_name"], decode=False).size
+        if (width, height) != (entry["width"], entry["height"]):
+            stored = f"{width} x {height} pixels, EXIF orientation not applied"
+            what = f"{entry['width']} x {entry['height']}"
+            raise ValueError(f"{self.image_dir / entry['file_name']}: {stored}, but {self.annotations} says {what}")
 
     def sampler(self, batch_size: int, seed: int, rank: int, world: int, start: int) -> "AspectRatioSampler":
         """The sampler for training; start: number of samples that were drawn before."""
@@ -309,7 +317,9 @@ def evaluate_detection(
         if save_results.is_file():  # perhaps the annotations
             raise ValueError(f"{save_results} already exists: name another file")
         save_results.parent.mkdir(parents=True, exist_ok=True)
-        save_results.open("a").close()  # if it cannot be written, then an error now, not after hours
+        with replacing(save_results) as part:
+            part.write_text("[]")  # if it cannot be written, then an error now, not after hours
+        save_results.unlink()
     results, was_training = [], model.training
     model.eval()
     # A generator of its own: iterating must not change the random state that training resumes with.
@@ -325,7 +335,8 @@ def evaluate_detection(
         dist.all_gather_object(parts, results)
         results = list(itertools.chain(*parts))
     if save_results is not None and rank == 0:
-        save_results.write_text(json.dumps(results), encoding="utf-8")
+        with replacing(save_results) as part:
+            part.write_text(json.dumps(results), encoding="utf-8")
     return average_precision(dataset, results)
 
 

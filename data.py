@@ -46,7 +46,7 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
         lists = ", ".join(sorted(file.stem for file in CLASSES_DIR.glob("*.txt")))
         raise FileNotFoundError(f'{path}: no such class list; give names such as "sky, grass", a file, or {lists}')
     colors, spare = {}, default_colors(256)  # name: color
-    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").split("\n"), start=1):
         if not line.strip():
             continue
         name, *color = [field.strip() for field in line.split("\t")]
@@ -100,13 +100,14 @@ def files_by_stem(folder: str | Path, suffixes: set[str]) -> dict[str, Path]:
     return files
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """A fully decoded Pillow image; a file that cannot be decoded raises a ValueError that names it."""
+def open_image(path: str | Path, decode: bool = True) -> Image.Image:
+    """A Pillow image, decoded, or its size alone; a file that cannot be read raises a ValueError that names it."""
     if not Path(path).is_file():  # opening a pipe would wait for its other end
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
-            image.load()
+            if decode:
+                image.load()
             return image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
         raise ValueError(f"{path}: not readable as an image, remove or replace it ({error})") from error
@@ -132,9 +133,8 @@ def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
 @dataclass(eq=False)
 class SegmentationDataset(torch.utils.data.Dataset):
     """Images and masks paired by file stem: dataset[key] -> (image (3, h, w) float, label (h, w) int64, image's path).
-    The key is an index, or (index, seed) as from IterationSampler: then the seed alone determines the transform's
-    randomness, so that a sample depends neither on the number of workers nor on where training was resumed, and the
-    caller's random state is unchanged."""
+    The key is an index, or (index, seed) as from IterationSampler: then the transform's randomness depends on the seed
+    alone, whatever the number of workers and the iteration that training was resumed at."""
 
     image_dir: str | Path
     mask_dir: str | Path
@@ -167,8 +167,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def count_labels(self, index: int) -> Tensor:
         """Pixels of each label in a mask, (256,); of its image, only the size is read, to compare."""
-        with Image.open(self.pairs[index][0]) as image:
-            label = self.read_label(index, image.size[::-1])  # (H, W)
+        label = self.read_label(index, open_image(self.pairs[index][0], decode=False).size[::-1])  # (H, W)
         return torch.bincount(label.flatten(), minlength=256)
 
     def sampler(self, batch_size: int, seed: int, rank: int, world: int, start: int) -> "IterationSampler":
@@ -219,10 +218,7 @@ def check_data(train: SegmentationDataset, val: SegmentationDataset, class_names
         if not any_label:
             raise ValueError(f"{masks.pairs[0][1].parent}: all pixels of the masks are ignored; {how}")
     shares = ", ".join(f"{name} {100 * n / labeled:.1f}" for name, n in pixels.items())
-    share = f"{100 * ignored / (ignored + labeled):.1f} %"
-    lines = [f"training pixels in %: {shares}; {share} of all pixels are ignored"]
-    if ignored > 9 * labeled:
-        lines += [f"warning: {share} of the training pixels are ignored"]
+    lines = [f"training pixels in %: {shares}; ignored: {100 * ignored / (ignored + labeled):.1f} % of all pixels"]
     if ignored and labeled == counts[0] and not train.reduce_zero_label:
         lines += ["warning: only values 0 and 255 occur, and 255 is ignored: masks of two classes hold 0 and 1"]
     if absent := [name for name, n in pixels.items() if n == 0]:
@@ -343,8 +339,7 @@ def shift_hue(image: Tensor, shift: float) -> Tensor:
 class IterationSampler(torch.utils.data.Sampler):
     """An endless stream of (index, seed) for SegmentationDataset, the same for every number of processes.
     One random permutation of the data set after another, with a seed for each sample; sample n depends only on `seed`
-    and n. Process `rank` of `world` takes samples start + rank, start + rank + world, and so on; `start` is the number
-    that all processes together have drawn before, so that a resumed run continues exactly.
+    and n. Process `rank` of `world` takes samples start + rank, start + rank + world, ...; `start` were drawn before.
     Released code: drops the incomplete last batch of an epoch; here it is filled from the next epoch."""
 
     def __init__(self, size: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
@@ -368,11 +363,11 @@ def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_
     """Download, check and unpack ADE20K to root/ADEChallengeData2016, which appears only when it is complete."""
     root, name = Path(root), Path(url).stem
     folder, archive, unpacked = root / name, root / f"{name}.zip", root / f"{name}.unpacking"
-    if folder.is_dir():
+    if (folder / "images").is_dir():
         return folder
     download(url, archive, sha1, "sha1")
     with one_at_a_time(unpacked / "lock"):  # another process may be unpacking; what an interrupted one left is replaced
-        if not folder.is_dir():
+        if not (folder / "images").is_dir():
             with zipfile.ZipFile(archive) as zipped:
                 zipped.extractall(unpacked, tqdm(zipped.namelist(), f"unpacking {name}", unit="file"))
             (unpacked / name).rename(folder)
@@ -398,6 +393,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader's handler would raise again for a dead worker
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own last flush of stdout would fail, too
         print(f"error: {(message := describe(error))}", file=sys.stderr)
         from torch.distributed.elastic.multiprocessing import errors
 
@@ -416,7 +413,8 @@ def describe(error: Exception) -> str:
         return "\\n".join(message.splitlines())  # a file's name may have several lines
     message = f"{type(error).__name__}: {message.partition(chr(10))[0]:.200}"
     ways_out = {  # by a part of the message; a loader's worker that was killed breaks its pipe
-        "DataLoader worker|ConnectionReset": "memory may be short: use fewer --workers; --resume continues training",
+        "DataLoader worker|ConnectionRe|EOF": "memory may be short: use fewer --workers; --resume continues training",
+        "BrokenPipe": "what read this output has ended, or a loader's worker",
         "emory": "a smaller --batch-size, --accumulate, --recompute and smaller images need less",
         "peer": "another process ended first, and its message says why",
         "": "please report this, with what is printed if DENSECLIP_DEBUG=1 is set",

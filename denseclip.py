@@ -20,12 +20,12 @@ encoders but CLIP's ResNets need backbones.py, too.
     tau        tau                   0.07
     y          labels                (B, H, W)          in [0, K), or 255: ignored
 
-For a ResNet H4 = H / 32. For a ViT H4 = H / patch size, and x3 has this size, so the score map joins x3.
-"""
+For a ResNet H4 = H / 32. For a ViT H4 = H / patch size, and x3 has this size, so the score map joins x3."""
 
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 import clip_model
 from clip_model import ARCHITECTURES, IGNORE_INDEX, Architecture, ResNet, TextEncoder, VisionTransformer
-from heads import FPN, FCNHead, SemanticFPNHead, resize
+from heads import FPN, SemanticFPNHead, resize
 
 
 class LanguageGuidedEncoder(nn.Module):
@@ -102,9 +102,8 @@ class LanguageGuidedEncoder(nn.Module):
         return pyramid, score_map, text_embeddings
 
     def embed_class_names(self, memory: Tensor) -> Tensor:
-        """Text embeddings of the class names before the image refines them, (B, K, C). Eqs. (3) and (4).
-        In eval mode, those that do not depend on the image are computed once: changes of weights in place or of a
-        submodule alone go unnoticed there, call eval() again."""
+        """Text embeddings of the class names before the image refines them, (B, K, C). Eqs. (3) and (4). In eval mode,
+        those that do not depend on the image are computed once: after changing weights in place, call eval() again."""
         if self.prompt_decoder is not None:
             # Eq. (4): v = TransDecoder(q, [z_bar, z]), and v replaces p in Eq. (3)
             contexts = self.prompt_decoder(self.queries.expand(memory.shape[0], -1, -1), memory)  # (B, N, D)
@@ -195,14 +194,12 @@ class PlainEncoder(nn.Module):
 
 class DenseCLIP(nn.Module):
     """Semantic segmentation: language-guided encoder, FPN, Semantic FPN head (or UperNet, without a neck).
-
     forward(images (B, 3, H, W)) -> logits (B, K, H, W)
     forward(images, labels (B, H, W)) -> {"loss", "aux_loss"}, scalars; minimize their sum"""
 
-    def __init__(self, encoder: nn.Module, neck: nn.Module, decode_head: nn.Module, name: str, settings: "Settings"):
+    def __init__(self, encoder: nn.Module, neck, decode_head, fcn_head, name: str, settings: "Settings"):
         super().__init__()
-        self.encoder, self.neck, self.decode_head = encoder, neck, decode_head
-        self.fcn_head = FCNHead(encoder.channels[2], len(encoder.class_names)) if settings.fcn_weight else None
+        self.encoder, self.neck, self.decode_head, self.fcn_head = encoder, neck, decode_head, fcn_head
         self.name, self.settings = name, settings  # what a checkpoint needs to build the model again
         self.crop_size, self.short_side = settings.crop_size, settings.short_side  # pixels
         self.aux_weight, self.tau = settings.aux_weight, settings.tau
@@ -433,7 +430,7 @@ def resolve(s: Settings, preset: Preset) -> Settings:
         elif value is not None and not has_effect:
             what = f"prompting={s.prompting}" + (f", backbone={s.backbone}" if s.backbone else "")
             raise ValueError(f"{name}={value} would have no effect: it needs {needs} ({what}); leave it out")
-    if s.templates is not None and not (s.templates and all(str(text).count("{}") == 1 for text in s.templates)):
+    if s.templates == [] or not all(type(t) is str and re.fullmatch(r"[^{}]*\{\}[^{}]*", t) for t in s.templates or ()):
         raise ValueError(f"templates={s.templates}: expected texts with one {{}} each, for the class name")
     if language and not (s.aux_weight or s.join_score_map):
         raise ValueError("with neither score map nor auxiliary loss, language has no effect: use prompting=none")
@@ -447,13 +444,16 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
         raise ValueError(f"no segmentation model named {name!r} (detectors: detect.py): choose one of {names}")
     preset = PRESETS[name]
     encoder, resolved = build_encoder(preset, class_names, clip, **settings)
+    fcn_head = None
     if resolved.head == "fpn":
         neck, decode_head = FPN(encoder.channels, preset.channels), SemanticFPNHead(len(class_names), preset.channels)
     else:
-        from backbones import UperNetHead
+        from backbones import FCNHead, UperNetHead
 
         neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * preset.channels)
-    return DenseCLIP(encoder, neck, decode_head, name, resolved).to(memory_format=torch.channels_last)  # fastest so
+        fcn_head = FCNHead(encoder.channels[2], len(class_names)) if resolved.fcn_weight else None
+    parts = encoder, neck, decode_head, fcn_head
+    return DenseCLIP(*parts, name, resolved).to(memory_format=torch.channels_last)  # fastest so
 
 
 def build_encoder(
@@ -504,8 +504,9 @@ def build_encoder(
 
 def check_class_names(class_names: list[str], number: int = 0) -> None:
     """A ValueError unless class_names is a list of different, non-empty names, as many as `number` if that is not 0."""
-    if isinstance(class_names, str) or not class_names or not all(class_names):
-        raise ValueError(f"expected a list of class names, none of them empty, got {class_names!r}")
+    line = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"  # neither control characters nor what no file can hold
+    if isinstance(class_names, str) or not class_names or not all(re.fullmatch(line, name) for name in class_names):
+        raise ValueError(f"expected a list of class names, none of them empty, a line each, got {class_names!r:.300}")
     if repeated := sorted({name for name in class_names if list(class_names).count(name) > 1}):
         raise ValueError(f"class names must differ, but {', '.join(map(repr, repeated))} occurs more than once")
     if number and len(class_names) != number:
@@ -539,24 +540,14 @@ def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
     The file is renamed once it is complete: after a crash, or if a weight is not finite, the previous one is kept."""
     for name, value in model.named_parameters():
         if not torch.isfinite(value).all():
-            raise ValueError(f"{path} was left as it is: {name} is not finite; a lower --lr or --clip-grad may help")
+            raise ValueError(f"{path} was left as it was: {name} is not finite; a lower --lr or --clip-grad may help")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     checkpoint = {"name": model.name, "settings": asdict(model.settings), "class_names": model.class_names}
-    try:
-        with open(part, "wb") as file:
-            torch.save({**checkpoint, "model": model.state_dict(), **extra}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch wraps what stopped its writing, such as a full disk or Ctrl-C
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        reason = error.__context__ or error
-        raise OSError(f"{path} was left as it is: writing failed, is the disk full? ({reason})") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with clip_model.replacing(path) as part, open(part, "wb") as file:
+        torch.save({**checkpoint, "model": model.state_dict(), **extra}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -567,9 +558,12 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote; {how}")
     kinds = {"name": str, "settings": dict, "class_names": list, "model": dict, "run": dict, "data": dict}
     kinds |= {"iteration": int, "best": float, "optimizer": dict, "random_states": list}
-    types = {name: isinstance(checkpoint[name], kind) for name, kind in kinds.items() if name in checkpoint}
-    types["class_names"] = types["class_names"] and all(isinstance(name, str) for name in checkpoint["class_names"])
-    types["model"] = types["model"] and all(isinstance(value, Tensor) for value in checkpoint["model"].values())
+    kinds |= {"data.colors": list, "data.val": list, "run.reduce_zero_label": bool, "run.ignore_index": int}
+    parts = {k: v for k, v in checkpoint.items() if k in ("data", "run") and isinstance(v, dict)}
+    found = checkpoint | {f"{k}.{name}": value for k, part in parts.items() for name, value in part.items()}
+    types = {name: isinstance(found[name], kind) for name, kind in kinds.items() if name in found}
+    types["class_names"] = types["class_names"] and all(isinstance(name, str) for name in found["class_names"])
+    types["model"] = types["model"] and all(isinstance(value, Tensor) for value in found["model"].values())
     if wrong := [name for name, right in types.items() if not right]:
         raise ValueError(f"{path}: a damaged checkpoint, its {' and '.join(wrong)} cannot be read")
     return checkpoint
@@ -591,9 +585,9 @@ def restore_model(checkpoint: dict, path: str | Path, build: Callable, backbone=
     try:
         Settings(**settings)  # no other names, such as "clip"
         model = build(checkpoint["name"], checkpoint["class_names"], **settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its model cannot be built: {error}") from None
-    clip_model.load_weights(model, checkpoint["model"], str(path))
+        clip_model.load_weights(model, checkpoint["model"], "its weights")
+    except Exception as error:  # whatever a file may hold
+        raise ValueError(f"{path}: its model cannot be built: {str(error).partition(chr(10))[0]}") from error
     keep_memory()
     return model.eval()
 

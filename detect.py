@@ -26,12 +26,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import coco
+from clip_model import replacing
 from coco import CocoDetection, DetectionTransform, evaluate_detection, find_coco, format_ap_table
 from data import default_colors, look_at_all, run_script, to_rgb
 from denseclip import check_ranges, read_checkpoint, restore_model
 from detection import PRESETS, Detector, Instances, build_model, load_checkpoint
 from eval import start_process, this_process
-from predict import find_images, for_each_image, open_photo, prepare_outputs, replacing
+from predict import find_images, for_each_image, open_photo, prepare_outputs
 from train import LOOP, Recipe, add_options, choose_model, complete, find_run, start_model, train
 
 # Released code: 12 epochs; learning rate 2e-4 for Mask R-CNN, otherwise 1e-4
@@ -58,6 +59,7 @@ def train_detector(args: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{train_set.summary()}\n{val_set.summary()}\n{model.name}, {world} x {device}")
         if args.check and not args.resume:
+            look_at_all(train_set.check_size, len(train_set), "checking training images", args.workers)
             look_at_all(lambda i: val_set[i][2], len(val_set), "checking validation images", args.workers)
         print(f"writing to {args.out}; the same command with --resume continues an interrupted run")
     loop = {name: getattr(args, name) for name in LOOP}
@@ -142,7 +144,7 @@ def predict_files(args: argparse.Namespace) -> None:
             found = predict(model, photo, args.short_side)
         found = {name: value[found["scores"] >= args.threshold] for name, value in found.items()}
         results = coco.to_results(found, len(images) + 1, ids)
-        with replacing([pictures[path]]) as (part,):
+        with replacing(pictures[path]) as part:
             draw_detections(photo, found, names).save(part)
         images.append({"id": len(images) + 1, "file_name": path.name, "width": photo.width, "height": photo.height})
         annotations.extend({"id": i, **result} for i, result in enumerate(results, start=len(annotations) + 1))
@@ -153,7 +155,7 @@ def predict_files(args: argparse.Namespace) -> None:
         if images:
             categories = [{"id": k, "name": name} for k, name in zip(ids, names, strict=True)]
             content = {"images": images, "categories": categories, "annotations": annotations}
-            with replacing([file]) as (part,):
+            with replacing(file) as part:
                 part.write_text(json.dumps(content), encoding="utf-8")
     where = f"; detections in {file}" if images else ""
     print(f"{len(images)} pictures written to {args.out}, {failed} images failed{where}")

@@ -4,9 +4,8 @@
     python eval.py --checkpoint runs/rn50/best.pt --multi-scale           # six scales, each also flipped
     torchrun --standalone --nproc_per_node 8 eval.py --checkpoint runs/rn50/best.pt
 
-The checkpoint knows its model, settings, class names, how masks were read, and training's validation set. The protocol
-is the released code's: resize an image to fit (2048, crop size), average the logits of overlapping windows, resize them
-to the original size, softmax."""
+The checkpoint knows its model, class names, how masks were read, and training's validation set. The protocol is the
+released one: fit the image in (2048, crop size), average logits of windows, resize to the image's size, softmax."""
 
 import argparse
 import os
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clip_model import IGNORE_INDEX
+from clip_model import IGNORE_INDEX, replacing
 from data import SegmentationDataset, default_colors, find_split, is_ade20k, resize_to_fit, run_script
 from denseclip import build_model, check_ranges, read_checkpoint, restore_model
 from heads import resize
@@ -172,7 +171,8 @@ def evaluate(
         matrix.update(prediction, label)
         if save_masks is not None:
             os.makedirs(save_masks, exist_ok=True)
-            label_image(prediction, colors, dataset.reduce_zero_label).save(Path(save_masks, Path(path).stem + ".png"))
+            with replacing(Path(save_masks, Path(path).stem + ".png")) as part:
+                label_image(prediction, colors, dataset.reduce_zero_label).save(part)
     model.train(was_training)
     if world > 1:
         dist.all_reduce(matrix.counts)

@@ -1,5 +1,5 @@
-"""Standard necks and heads, not this paper's: FPN, Semantic FPN and FCN, initialized as in the released code.
-All take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone."""
+"""A standard neck and head, not this paper's: FPN and Semantic FPN, initialized as in the released code.
+Both take a feature pyramid: a list of maps (B, C_i, H_i, W_i), fine to coarse. This file needs torch alone."""
 
 from collections import OrderedDict
 
@@ -59,11 +59,3 @@ class SemanticFPNHead(nn.Module):
         finest, *coarser = (head(level) for head, level in zip(self.scale_heads, pyramid, strict=True))
         x = sum((resize(x, finest.shape[-2:]) for x in coarser), start=finest)  # (B, channels, H_0, W_0)
         return self.conv_seg(self.dropout(x))  # (B, K, H_0, W_0)
-
-
-class FCNHead(nn.Sequential):
-    """mmsegmentation's auxiliary head on the third map, for training alone: (B, C, H, W) -> logits (B, K, H, W)."""
-
-    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, dropout: float = 0.1):
-        classifier = nn.Conv2d(channels, num_classes, 1)
-        super().__init__(conv(in_channels, channels, 3, norm=True), nn.Dropout2d(dropout), classifier)

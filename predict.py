@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import denseclip
-from clip_model import IGNORE_INDEX, MEAN, STD, load_clip
+from clip_model import IGNORE_INDEX, MEAN, STD, load_clip, replacing
 from denseclip import DenseCLIP, LanguageGuidedEncoder, build_model, read_checkpoint, restore_model
 from eval import label_image, predict_labels, probability_strips, sliding_window, start_process
 from heads import resize
@@ -270,7 +270,7 @@ def draw_sheet(photo: Image.Image, labels: Tensor, class_names: list, colors: li
 def find_images(paths: list[str]) -> list[Path]:
     """The image files that files, folders and patterns such as "photos/*.jpg" name, in order, each once."""
     files: dict[Path, None] = {}
-    for path in map(Path, paths):
+    for path in map(Path, (path or "''" for path in paths)):  # an empty name is not this folder
         pattern = f"{glob.escape(str(path))}/*" if path.is_dir() else str(path)
         there = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
         found = [p for p in there if p.suffix.lower() in data.IMAGE_SUFFIXES and p.is_file()]  # no pipes: they may wait
@@ -309,7 +309,7 @@ def prepare_outputs(images: list[Path], outputs: list[Path]) -> None:
     image, or another output because their images have one name."""
     used = Counter(map(os.path.abspath, [*images, *outputs]))
     if twice := [file for file, times in used.items() if times > 1]:
-        raise ValueError(f"{twice[0]} is where two pictures would go, or an image is; give each folder its own --out")
+        raise ValueError(f"{twice[0]} is where two pictures would go, or an image is: change --out or a class's name")
     for folder in {file.parent for file in outputs}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -331,22 +331,6 @@ def draw_pictures(predictor: Predictor, photo: Image.Image, shown: list[int], sh
         yield draw_sheet(photo, labels, names, colors, {names[k]: x for k, x in maps.items()})
     for k in shown:
         yield add_legend(paint_scores(photo, maps[k], low, high), [(None, names[k]), *heat_legend(low, high)])
-
-
-@contextlib.contextmanager
-def replacing(files: list[Path]) -> Iterator[list[Path]]:
-    """Names to write to. The files get all of them at the end or, after an error or an interruption, none, so that a
-    photo that was interrupted is not skipped the next time."""
-    parts = [file.with_name(f".{file.name}") for file in files]
-    try:
-        yield parts
-        for part, file in zip(parts, files, strict=True):
-            os.replace(part, file)
-    except OSError as error:
-        raise OSError(f"{files[0]}: not written, is the disk full? ({error})") from None
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -381,7 +365,7 @@ def export(model: nn.Module, path: str | Path) -> None:
     except Exception as error:  # torch's messages run over many lines
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path}: PyTorch {torch.__version__} cannot export this model: {reason}") from error
-    with replacing([path]) as (part,):
+    with replacing(path) as part:
         if onnx:
             program.model.metadata_props.update(facts)
             program.save(part)
@@ -438,14 +422,15 @@ def main() -> None:
     endings += ["_score_" + re.sub(r"\W+", "_", names[k])[:40] for k in shown]  # safe in file names
     files = {path: [args.out / f"{path.stem}{ending}.png" for ending in endings] for path in paths}
     prepare_outputs(paths, [file for outputs in files.values() for file in outputs])
-    todo = [path for path in paths if args.overwrite or not any(file.exists() for file in files[path])]
+    todo = [path for path in paths if args.overwrite or not any(map(os.path.exists, files[path]))]
     if skipped := len(paths) - len(todo):
         where = f"with pictures in {args.out}, perhaps of another model"
         print(f"skipping {skipped} of {len(paths)} photos {where}; --overwrite replaces them, another --out keeps them")
 
     def work(path: Path) -> None:
         bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        with bf16, replacing(files[path]) as parts:
+        with bf16, contextlib.ExitStack() as stack:  # all of a photo's pictures or none: it is not skipped next time
+            parts = [stack.enter_context(replacing(file)) for file in files[path]]
             for picture, part in zip(draw_pictures(predictor, open_photo(path), shown, args.sheet), parts, strict=True):
                 picture.save(part)
 

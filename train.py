@@ -77,8 +77,7 @@ SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """The optimizer's parameter groups: a smaller rate for the image encoder, no decay of the context decoder's norms.
     Also freezes the text encoder, unless its learning rate is above 0; frozen parameters are in no group.
-    Released code: the longest matching key decides, so a norm inside the backbone counts as "backbone" and does decay;
-    "norm" occurs in the names of the context decoder's norm1..3 only."""
+    Released code: the longest matching key decides; a norm inside the backbone counts as "backbone" and does decay."""
     rates = {"backbone": recipe.backbone_lr_multiplier, "text_encoder": recipe.text_lr_multiplier, "norm": 1, "rest": 1}
     groups = {}
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
@@ -227,8 +226,7 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device, recompute: b
     optimizer = build_optimizer(model, recipe)
     if world == 1:
         return model, optimizer
-    # both harmless: the strides are those of `contexts`, and newer versions of PyTorch rename broadcast_buffers
-    warnings.filterwarnings("ignore", "Grad strides do not match|`broadcast_buffers` is deprecated")
+    warnings.filterwarnings("ignore", "Grad strides do not match|`broadcast_buffers` is deprecated")  # both harmless
     other = model.settings.backbone is not None  # not CLIP's: it may have parameters without a gradient
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=other), optimizer
 
@@ -264,7 +262,7 @@ def unchanged_buffers(module: nn.Module) -> Iterator[None]:
     before = [buffer.clone() for buffer in module.buffers()]
     try:
         yield
-    finally:
+    finally:  # also when autograd stops the recomputation early, by an exception
         for buffer, value in zip(module.buffers(), before, strict=True):
             buffer.data.copy_(value)  # .data: autograd, which may have saved the buffer, does not count it as a change
 
@@ -313,19 +311,24 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
     there, done, end = checkpoint["run"], checkpoint["iteration"], run["iterations"]
     longer = there.get("iterations", end) < end
     if differences := [k for k in run if there.get(k) != run[k] and not (longer and k in ("iterations", "warmup"))]:
-        what = "; ".join(f"{k} {there.get(k)!r:.80} there, {run[k]!r:.80} here" for k in differences)
+        what = "; ".join(f"{k} {there.get(k)!r:.300} there, {run[k]!r:.300} here" for k in differences)
         raise ValueError(f"{path} belongs to another run: {what}; repeat its options, or name another --out")
     if rank == 0 and longer:
         print(f"a run of {there['iterations']} iterations becomes one of {end}, with the longer run's learning rates")
     if rank == 0 and done == end:
         print(f"{path}: already finished, only evaluated again; a larger --iterations would continue the run")
     load_weights(model, checkpoint["model"], str(path))
-    optimizer.load_state_dict(checkpoint["optimizer"])
     states, device = checkpoint["random_states"], next(model.parameters()).device
-    if len(states) == world:
-        torch.set_rng_state(states[rank]["cpu"])
-        if device.type == "cuda" and "cuda" in states[rank]:
-            torch.cuda.set_rng_state(states[rank]["cuda"], device)
+    try:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+        [x.expand_as(p) for p, state in optimizer.state.items() for x in state.values()]  # fails where sizes differ
+        range(end + 1).index(done)
+        if len(states) == world:
+            torch.set_rng_state(states[rank]["cpu"])
+            if device.type == "cuda" and "cuda" in states[rank]:
+                torch.cuda.set_rng_state(states[rank]["cuda"], device)
+    except Exception as error:  # whatever a file may hold
+        raise ValueError(f"{path}: a damaged checkpoint, its optimizer or random_states cannot be read") from error
     return done, checkpoint.get("best", -1.0) if (out / "best.pt").is_file() else -1.0
 
 
@@ -417,10 +420,8 @@ def complete(recipe: Recipe, given: dict) -> Recipe:
 def find_run(out: Path, resume: str | None) -> Path | None:
     """The file to resume from, None for a new run. `resume`: "" is out/last.pt. An --out in use is refused."""
     path = None if resume is None else Path(resume or out / "last.pt")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, not a folder")
     if path and not path.is_file():
-        raise FileNotFoundError(f"--resume: {path} does not exist; leave --resume out to start this run")
+        raise FileNotFoundError(f"--resume: {path}: no such file; leave --resume out to start this run")
     used = any((out / name).exists() for name in ("last.pt", "best.pt"))
     if used and (path is None or path.resolve().parent != out.resolve()):
         raise ValueError(f"{out} already holds a run: continue it with --resume, or name another --out")

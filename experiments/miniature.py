@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from clip_model import CLIP, load_clip
+from clip_model import CLIP, load_clip, replacing
 from data import SegmentationDataset, TrainTransform, find_split, normalize, run_script
 from demo import CLASSES, draw_dataset, draw_scene
 from denseclip import PRESETS, build_model
@@ -139,9 +139,8 @@ def pretrain(path: Path, steps: int = 2_000, drawings: int = 8_000, batch_size: 
         clip.logit_scale.data.clamp_(max=math.log(100))
         bar.set_postfix_str(f"loss {loss.item():.2f}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    torch.save({name.removeprefix("text."): value for name, value in clip.state_dict().items()}, part)
-    part.replace(path)
+    with replacing(path) as part:
+        torch.save({name.removeprefix("text."): value for name, value in clip.state_dict().items()}, part)
 
 
 # ------------------------------------------------------------------------------------------------ before any mask

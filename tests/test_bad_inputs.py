@@ -60,6 +60,11 @@ BAD = [
     ("train", "--set backbone=swin_t", "no setting named 'backbone'"),
     ("train", "--prompting none --set gamma=1", "gamma=1 would have no effect: it needs post-model prompting"),
     ("train", "--set drop_path=0.5", "drop_path=0.5 would have no effect"),
+    ("train", "--prompting template --set templates=[]", "expected texts with one {{}} each"),
+    ("train", '--prompting template --set templates=["{{}}{{x}}"]', "expected texts with one {{}} each"),
+    ("train", '--prompting template --set templates=["{{}}{{"]', "expected texts with one {{}} each"),
+    ("train", '--prompting template --set templates=[["{{}}"]]', "expected texts with one {{}} each"),
+    ("train", "--prompting template --set templates=a", "templates is 'a', expected list | None"),
     ("eval", "--checkpoint {best} --short-side 0 --device cpu", "short_side is 0, it must be from 32"),
     ("eval", "--checkpoint {best} --workers -1 --device cpu", "workers is -1, it must be from 0"),
     ("predict", "{photo} --checkpoint {best} --short-side 7", "short_side is 7, it must be from 32"),
@@ -70,7 +75,7 @@ BAD = [
     ("train", "--device nosuch", "--device nosuch: expected cpu"),
     ("train", "--out {text}", "text.txt"),
     ("train", "--out {run}", "already holds a run: continue it with --resume"),
-    ("train", "--out {new} --resume", "--resume: {new}/last.pt does not exist"),
+    ("train", "--out {new} --resume", "--resume: {new}/last.pt: no such file"),
     ("train", "--out {new} --resume {best}", "best.pt holds no optimizer state"),
     ("eval", "--checkpoint {best} --val {new} {masks} --device cpu", "no such folder"),
     ("eval", "--checkpoint {best} --data {new} --device cpu", "no data set here; expected images/val"),
@@ -87,6 +92,7 @@ BAD = [
     ("train", "--classes sky,,tree,car", "none of them empty"),
     ("train", "--classes {png}", "expected UTF-8: name, or name, R, G, B"),
     ("train", "--classes {oneclass}", "1 classes; 2 to 255 are possible"),
+    ("train", "--classes {formfeed}", "none of them empty, a line each"),
     ("predict", "{photo} --checkpoint {best} --classes sky,sky", "occurs more than once"),
     ("predict", "{photo} --checkpoint {best} --score-maps nosuch", "--score-maps nosuch: no such class"),
     # images and masks
@@ -124,6 +130,13 @@ BAD = [
     ("eval", "--checkpoint {model} --device cpu", "a damaged checkpoint, its model cannot be read"),
     ("eval", "--checkpoint {settings} --device cpu", "a damaged checkpoint, its settings cannot be read"),
     ("eval", "--checkpoint {data} --device cpu", "a damaged checkpoint, its data cannot be read"),
+    ("eval", "--checkpoint {colors} --device cpu", "a damaged checkpoint, its data.colors cannot be read"),
+    ("eval", "--checkpoint {val} --device cpu", "a damaged checkpoint, its data.val cannot be read"),
+    ("predict", "{photo} --checkpoint {zero}", "a damaged checkpoint, its run.reduce_zero_label cannot be read"),
+    ("eval", "--checkpoint {ignore} --device cpu", "a damaged checkpoint, its run.ignore_index cannot be read"),
+    ("eval", "--checkpoint {sparse} --device cpu", "sparse.pt: its model cannot be built"),
+    ("eval", "--checkpoint {meta} --device cpu", "meta.pt: its model cannot be built"),
+    ("eval", "--checkpoint {expanded} --device cpu", "expanded.pt: its model cannot be built"),
     ("eval", "--checkpoint {othername} --device cpu", "no segmentation model named 'rn5000'"),
     ("eval", "--checkpoint {onename} --device cpu", "its model cannot be built"),
     ("eval", "--checkpoint {samename} --device cpu", "'wall' occurs more than once"),
@@ -190,14 +203,21 @@ def damaged_sets(root, source):
 def damaged_checkpoints(root, best):
     """Copies of a checkpoint with one fault each, by name."""
     good = read_checkpoint(best)
-    settings, weights = good["settings"], good["model"]
+    settings, weights, head = good["settings"], good["model"], "decode_head.conv_seg.weight"
     faults = {
-        "nan": {"model": weights | {"decode_head.conv_seg.weight": weights["decode_head.conv_seg.weight"] / 0}},
+        "nan": {"model": weights | {head: weights[head] / 0}},
         "name": {"name": 5},
         "names": {"class_names": "wall, sky"},
         "model": {"model": {"x": [1.0]}},
         "settings": {"settings": [1]},
         "data": {"data": 5},
+        "colors": {"data": {"colors": 5}},
+        "val": {"data": {"val": 5}},
+        "zero": {"run": {"reduce_zero_label": "no"}},
+        "ignore": {"run": {"ignore_index": "x"}},
+        "sparse": {"model": weights | {head: weights[head].to_sparse()}},
+        "meta": {"model": weights | {head: weights[head].to("meta")}},
+        "expanded": {"model": weights | {head: torch.zeros(1).expand(2**20, 2**20, 1, 1)}},
         "othername": {"name": "rn5000"},
         "onename": {"class_names": [""]},
         "samename": {"class_names": ["wall"] * 4},
@@ -249,8 +269,9 @@ def files(tmp_path_factory):
     (root / "oldrun").mkdir()
     shutil.copy(root / "best.pt", root / "oldrun" / "best.pt")  # whose last.pt is gone
     (root / "longname.txt").write_text("sky\n" + "x" * 1_000_000)
+    (root / "formfeed.txt").write_text("sky\ntree\fcar\nroad\nbike\n")
     made = {name: root / f"{name}.pt" for name in damaged_checkpoints(root, root / "best.pt") + damaged_clips(root)}
-    made |= {name: root / f"{name}.txt" for name in ("empty", "text", "oneclass", "longname")} | {
+    made |= {name: root / f"{name}.txt" for name in ("empty", "text", "oneclass", "longname", "formfeed")} | {
         "oldrun": root / "oldrun"
     }
     made |= {"images": images, "masks": masks, "photo": f"{images}/0.png", "png": f"{images}/0.png"}
@@ -274,6 +295,31 @@ def test_one_line_says_what_is_wrong(script, options, expected, files, tmp_path,
     assert expected.format(**files) in line and "Traceback" not in line and "weights_only" not in line
     assert "please report" not in line
     assert not list(tmp_path.rglob("*.pt"))  # nothing was written
+
+
+DAMAGES = {  # what a crafted last.pt holds
+    "no optimizer state": {"optimizer": {}},
+    "another optimizer's state": {"optimizer": {"state": {0: {"step": torch.zeros(()), "exp_avg": torch.zeros(7)}}}},
+    "no random state": {"random_states": [{}]},
+    "a wrong random state": {"random_states": [{"cpu": torch.zeros(3)}]},
+    "a negative iteration": {"iteration": -1},
+    "an iteration beyond the end": {"iteration": 99},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_last_checkpoint_is_named_and_kept(damage, files, tmp_path, monkeypatch, capsys):
+    train = importlib.import_module("train")
+    words = fill_in("train", "--clip none", files, tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    train.main()
+    last = tmp_path / "out" / "last.pt"
+    torch.save(read_checkpoint(last) | DAMAGES[damage], last)
+    before = last.read_bytes()
+    capsys.readouterr()
+    line = error_line(train, capsys, monkeypatch, *words, "--resume")
+    assert "last.pt: a damaged checkpoint, its optimizer or random_states cannot be read" in line
+    assert last.read_bytes() == before
 
 
 def test_table_is_long_enough():
@@ -358,7 +404,7 @@ def test_a_full_disk_keeps_the_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="last.pt was left as it is: writing failed, is the disk full?") as error:
+        with pytest.raises(OSError, match="last.pt was left as it was: writing failed, is the disk full?") as error:
             save_checkpoint(path, model, iteration=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -391,6 +437,10 @@ def lose_connection():
     raise ConnectionResetError(104, "Connection reset by peer")  # from the pipe of a worker that was killed
 
 
+def end_of_pipe():
+    raise EOFError  # the same, a moment later
+
+
 def fail():
     raise KeyError("an error\nof ours")
 
@@ -404,6 +454,7 @@ def take_too_much():
     [
         (load_all, "fewer --workers; --resume continues training"),
         (lose_connection, "fewer --workers; --resume continues training"),
+        (end_of_pipe, "fewer --workers; --resume continues training"),
         (take_too_much, "a smaller --batch-size"),
         (fail, "error: KeyError: 'an error\\nof ours'; please report this, with what is printed if DENSECLIP_DEBUG=1"),
     ],

@@ -314,13 +314,13 @@ def test_data_are_looked_at_before_training(tmp_path):
         train = SegmentationDataset(*pairs, len(names), keep, **conventions)
         return data.check_data(train, SegmentationDataset(*pairs, len(names), **conventions), list(names), 2)
 
-    shares = "road 50.0, sky 25.0, car 25.0; 0.0 % of all pixels are ignored"
+    shares = "road 50.0, sky 25.0, car 25.0; ignored: 0.0 % of all pixels"
     assert check([[0, 0, 1, 2]]) == f"training pixels in %: {shares}"
     assert check([[0, 0, 0, 1]]).endswith("warning: no training mask has car (1 of 3 classes)")
     assert "these 1-based masks? --reduce-zero-label" in check([[1, 1, 2, 2]])
     assert "1-based" not in check([[2, 2, 0, 3]], reduce_zero_label=True)
     assert "masks of two classes hold 0 and 1" in check([[0, 0, 255]], ("road", "sky"))
-    assert "warning: 95.0 % of the training pixels are ignored" in check([[255] * 19 + [1]])
+    assert "ignored: 95.0 % of all pixels" in check([[255] * 19 + [1]])
     with pytest.raises(ValueError, match="masks: all pixels of the masks are ignored; check --ignore-index"):
         check([[255, 255]])
     with pytest.raises(ValueError, match="one.png: value 7 is not a class"):

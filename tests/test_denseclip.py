@@ -308,7 +308,7 @@ def test_a_failed_save_leaves_the_file_before_it(tmp_path):
         save_checkpoint(tmp_path / "last.pt", model, wrong=lambda: 0)
     assert (tmp_path / "last.pt").read_bytes() == before
     model.encoder.gamma.data[0] = torch.nan
-    with pytest.raises(ValueError, match="last.pt was left as it is: encoder.gamma is not finite"):
+    with pytest.raises(ValueError, match="last.pt was left as it was: encoder.gamma is not finite"):
         save_checkpoint(tmp_path / "last.pt", model)
     assert (tmp_path / "last.pt").read_bytes() == before
 

@@ -6,9 +6,9 @@ import torch
 from helpers import NAMES, check_round_trip, train_steps
 from torch.nn import functional as F
 
-from backbones import UperNetHead
+from backbones import FCNHead, UperNetHead
 from denseclip import build_model
-from heads import FPN, FCNHead, SemanticFPNHead
+from heads import FPN, SemanticFPNHead
 
 CHANNELS = [8, 12, 16, 20]
 

@@ -96,8 +96,8 @@ def test_pictures_of_a_folder(checkpoint, photos, tmp_path, monkeypatch, capsys)
 
 def test_an_interrupted_photo_leaves_what_was_there(tmp_path):
     (tmp_path / "a.png").write_bytes(b"before")
-    with pytest.raises(KeyboardInterrupt), predict.replacing([tmp_path / "a.png", tmp_path / "b.png"]) as parts:
-        Image.new("RGB", (8, 8)).save(parts[0])
+    with pytest.raises(KeyboardInterrupt), predict.replacing(tmp_path / "a.png") as part:
+        Image.new("RGB", (8, 8)).save(part)
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"
 
@@ -472,8 +472,8 @@ def test_an_interruption_ends_the_run():
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     (tmp_path / "a.png").write_bytes(b"before")
-    message = "a.png: not written, is the disk full.*No space"
-    with pytest.raises(OSError, match=message), predict.replacing([tmp_path / "a.png"]) as (part,):
+    message = "a.png was left as it was: writing failed, is the disk full.*No space"
+    with pytest.raises(OSError, match=message), predict.replacing(tmp_path / "a.png") as part:
         part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"

@@ -188,7 +188,7 @@ def test_a_run_writes_log_and_checkpoints(folders, tmp_path):
     assert "optimizer" in last and "optimizer" not in best
     assert round(metrics["miou"], 4) == records[-1]["miou"]
     assert load_checkpoint(tmp_path / "best.pt").crop_size == 64
-    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.pt")) and not list(tmp_path.glob("*.part"))
 
 
 def test_frozen_text_encoder_stays_and_the_rest_moves(folders, tmp_path):
@@ -563,7 +563,7 @@ def test_out_may_not_be_a_file(folders, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
     for more in ([], ["--resume"]):
         error = error_line(training, capsys, monkeypatch, *arguments(folders, tmp_path / "file", *more))
-        assert "file is a file, not a folder" in error and (tmp_path / "file").read_text() == "mine"
+        assert str(tmp_path / "file") in error and (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_exploded_loss_is_not_saved(folders, tmp_path):
