@@ -587,7 +587,7 @@ def restore_model(checkpoint: dict, path: str | Path, build: Callable, backbone=
         model = build(checkpoint["name"], checkpoint["class_names"], **settings)
         clip_model.load_weights(model, checkpoint["model"], "its weights")
     except Exception as error:  # whatever a file may hold
-        raise ValueError(f"{path}: its model cannot be built: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"{path}: its model cannot be built: {str(error).partition(chr(10))[0]:.500}") from error
     keep_memory()
     return model.eval()
 
