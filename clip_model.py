@@ -159,10 +159,8 @@ class ResNet(nn.Module):
             rest = (Bottleneck(channels, channels // 4, stride=1) for _ in range(blocks - 1))
             self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
             in_channels = channels
-        self.attnpool = None
-        if a.embed_dim:
-            grid, heads = a.input_resolution // 32, width * 32 // 64
-            self.attnpool = AttentionPool2d(grid, width * 32, heads, a.embed_dim, crop_positions)
+        sizes = a.input_resolution // 32, width * 32, width * 32 // 64, a.embed_dim  # of grid, input, heads, output
+        self.attnpool = AttentionPool2d(*sizes, crop_positions) if a.embed_dim else None
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """images: (B, 3, H, W); return: the pyramid at strides 4, 8, 16, 32, z_bar (B, C), z (B, C, H/32, W/32).
@@ -366,7 +364,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     problems += [f"{key} is not part of the model" for key in weights if key not in expected]
     shapes = [(key, tuple(weights[key].shape), tuple(expected[key].shape)) for key in expected if key in weights]
     problems += [f"{key} is {shape}, expected {required}" for key, shape, required in shapes if shape != required]
-    problems += [f"{key} is not finite" for key, value in weights.items() if not value.isfinite().all()]
+    problems += [f"{key} is not finite" for key, value in weights.items() if not (problems or value.isfinite().all())]
     if problems:
         first = "; ".join(problems[:5])
         raise ValueError(f"{source}: the weights do not fit the model: {first} ({len(problems)} differences in all)")
@@ -475,18 +473,19 @@ def download(url: str, path: Path, checksum: str, algorithm: str = "sha256") -> 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` at the end; after an error or an interruption, `path` is as before."""
-    part = path.with_name(f".{path.name}")
+    """A name to write to, which becomes `path` at the end; after an error or an interruption, `path` is unchanged."""
+    part = path.with_name(f".part-{path.name}")
     try:
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what stopped its writing
-        if not isinstance(cause, OSError):  # Ctrl-C, or no error of writing
+        if getattr(cause, "errno", None) is None:  # Ctrl-C, no error of writing, or one of ours
             raise (cause if isinstance(cause, KeyboardInterrupt) else error) from None
         raise OSError(f"{path} was left as it was: writing failed, is the disk full? ({cause})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 @contextlib.contextmanager

@@ -314,7 +314,7 @@ def evaluate_detection(
     Several processes share the images and return the same scores. The model's mode is restored."""
     rank, world = this_process()
     if save_results is not None and rank == 0:
-        if save_results.is_file():  # perhaps the annotations
+        if os.path.lexists(save_results):  # perhaps the annotations, or a device
             raise ValueError(f"{save_results} already exists: name another file")
         save_results.parent.mkdir(parents=True, exist_ok=True)
         with replacing(save_results) as part:

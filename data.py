@@ -365,6 +365,8 @@ def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_
     folder, archive, unpacked = root / name, root / f"{name}.zip", root / f"{name}.unpacking"
     if (folder / "images").is_dir():
         return folder
+    if folder.is_dir() and os.listdir(folder):
+        raise ValueError(f"{folder} holds other files, but no images: move them, and run again")
     download(url, archive, sha1, "sha1")
     with one_at_a_time(unpacked / "lock"):  # another process may be unpacking; what an interrupted one left is replaced
         if not (folder / "images").is_dir():
@@ -414,7 +416,7 @@ def describe(error: Exception) -> str:
     message = f"{type(error).__name__}: {message.partition(chr(10))[0]:.200}"
     ways_out = {  # by a part of the message; a loader's worker that was killed breaks its pipe
         "DataLoader worker|ConnectionRe|EOF": "memory may be short: use fewer --workers; --resume continues training",
-        "BrokenPipe": "what read this output has ended, or a loader's worker",
+        "BrokenPipe": "the output's reader exited, or a loader's worker: fewer --workers; --resume continues training",
         "emory": "a smaller --batch-size, --accumulate, --recompute and smaller images need less",
         "peer": "another process ended first, and its message says why",
         "": "please report this, with what is printed if DENSECLIP_DEBUG=1 is set",

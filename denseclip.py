@@ -452,8 +452,7 @@ def build_model(name: str, class_names: list[str], clip: str | None = None, **se
 
         neck, decode_head = nn.Identity(), UperNetHead(encoder.channels, len(class_names), 2 * preset.channels)
         fcn_head = FCNHead(encoder.channels[2], len(class_names)) if resolved.fcn_weight else None
-    parts = encoder, neck, decode_head, fcn_head
-    return DenseCLIP(*parts, name, resolved).to(memory_format=torch.channels_last)  # fastest so
+    return DenseCLIP(encoder, neck, decode_head, fcn_head, name, resolved).to(memory_format=torch.channels_last)
 
 
 def build_encoder(
@@ -506,7 +505,7 @@ def check_class_names(class_names: list[str], number: int = 0) -> None:
     """A ValueError unless class_names is a list of different, non-empty names, as many as `number` if that is not 0."""
     line = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"  # neither control characters nor what no file can hold
     if isinstance(class_names, str) or not class_names or not all(re.fullmatch(line, name) for name in class_names):
-        raise ValueError(f"expected a list of class names, none of them empty, a line each, got {class_names!r:.300}")
+        raise ValueError(f"expected a list of class names, each a single, non-empty line, got {class_names!r:.300}")
     if repeated := sorted({name for name in class_names if list(class_names).count(name) > 1}):
         raise ValueError(f"class names must differ, but {', '.join(map(repr, repeated))} occurs more than once")
     if number and len(class_names) != number:
@@ -538,9 +537,8 @@ def load_clip_weights(encoder: nn.Module, expected: Architecture, clip: str) -> 
 def save_checkpoint(path: str | Path, model: nn.Module, **extra) -> None:
     """Write the model's name, settings, class names and weights, and `extra`: only tensors and built-in types.
     The file is renamed once it is complete: after a crash, or if a weight is not finite, the previous one is kept."""
-    for name, value in model.named_parameters():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path} was left as it was: {name} is not finite; a lower --lr or --clip-grad may help")
+    if wrong := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+        raise ValueError(f"{path} was left as it was: {wrong[0]} is not finite; a lower --lr or --clip-grad may help")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = {"name": model.name, "settings": asdict(model.settings), "class_names": model.class_names}
@@ -557,13 +555,14 @@ def read_checkpoint(path: str | Path) -> dict:
         how = f"if it is of the authors' release, convert it: python convert.py {path} OURS.pt"
         raise ValueError(f"{path}: expected a checkpoint that train.py or detect.py wrote; {how}")
     kinds = {"name": str, "settings": dict, "class_names": list, "model": dict, "run": dict, "data": dict}
-    kinds |= {"iteration": int, "best": float, "optimizer": dict, "random_states": list}
+    kinds |= {"iteration": int, "best": float, "optimizer": dict, "random_states": list, "run.iterations": int}
     kinds |= {"data.colors": list, "data.val": list, "run.reduce_zero_label": bool, "run.ignore_index": int}
     parts = {k: v for k, v in checkpoint.items() if k in ("data", "run") and isinstance(v, dict)}
     found = checkpoint | {f"{k}.{name}": value for k, part in parts.items() for name, value in part.items()}
     types = {name: isinstance(found[name], kind) for name, kind in kinds.items() if name in found}
     types["class_names"] = types["class_names"] and all(isinstance(name, str) for name in found["class_names"])
-    types["model"] = types["model"] and all(isinstance(value, Tensor) for value in found["model"].values())
+    for x in found["model"].values() if types["model"] else ():
+        types["model"] &= isinstance(x, Tensor) and x.is_cpu and x.layout == torch.strided and not x.is_quantized
     if wrong := [name for name, right in types.items() if not right]:
         raise ValueError(f"{path}: a damaged checkpoint, its {' and '.join(wrong)} cannot be read")
     return checkpoint
@@ -577,17 +576,17 @@ def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -
 def restore_model(checkpoint: dict, path: str | Path, build: Callable, backbone=None) -> nn.Module:
     """The model in what `read_checkpoint` read from path; build: build_model, here or in detection.py. Keeps memory.
     backbone: module or string of your own, as it was given for training; a checkpoint alone never imports code."""
-    settings = dict(checkpoint["settings"])
-    saved = settings.pop("backbone", None)
+    saved = checkpoint["settings"].get("backbone")
     if backbone is None and ":" in str(saved):
         raise ValueError(f"{path}: its backbone is code that is not in the file; --backbone {saved} imports it")
-    settings["backbone"] = saved if backbone is None else backbone
+    settings = checkpoint["settings"] | {"backbone": saved if backbone is None else backbone}
     try:
         Settings(**settings)  # no other names, such as "clip"
         model = build(checkpoint["name"], checkpoint["class_names"], **settings)
-        clip_model.load_weights(model, checkpoint["model"], "its weights")
+        clip_model.load_weights(model, checkpoint["model"], "weights")
     except Exception as error:  # whatever a file may hold
-        raise ValueError(f"{path}: its model cannot be built: {str(error).partition(chr(10))[0]:.500}") from error
+        reason = (str(error) or repr(error)).partition("\n")[0]
+        raise ValueError(f"{path}: its model cannot be built: {reason:.500}") from error
     keep_memory()
     return model.eval()
 

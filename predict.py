@@ -309,7 +309,7 @@ def prepare_outputs(images: list[Path], outputs: list[Path]) -> None:
     image, or another output because their images have one name."""
     used = Counter(map(os.path.abspath, [*images, *outputs]))
     if twice := [file for file, times in used.items() if times > 1]:
-        raise ValueError(f"{twice[0]} is where two pictures would go, or an image is: change --out or a class's name")
+        raise ValueError(f"{twice[0]} is where two pictures would go, or an image is: rename it, or name another --out")
     for folder in {file.parent for file in outputs}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -58,11 +58,9 @@ def encode_word(word: str) -> tuple[int, ...]:
         best = min(zip(symbols, symbols[1:], strict=False), key=lambda pair: ranks.get(pair, NUM_MERGES))
         if best not in ranks:
             break
-        i = 0
-        while i < len(symbols) - 1:
-            if (symbols[i], symbols[i + 1]) == best:
+        for i in range(len(symbols)):  # merging shortens the list; a slice beyond its end equals no pair
+            if tuple(symbols[i : i + 2]) == best:
                 symbols[i : i + 2] = ["".join(best)]
-            i += 1
     return tuple(index[symbol] for symbol in symbols)
 
 

@@ -328,7 +328,8 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
             if device.type == "cuda" and "cuda" in states[rank]:
                 torch.cuda.set_rng_state(states[rank]["cuda"], device)
     except Exception as error:  # whatever a file may hold
-        raise ValueError(f"{path}: a damaged checkpoint, its optimizer or random_states cannot be read") from error
+        what = f"its optimizer, random_states or iteration cannot be used ({error!r:.200})"
+        raise ValueError(f"{path}: a damaged checkpoint, {what}") from error
     return done, checkpoint.get("best", -1.0) if (out / "best.pt").is_file() else -1.0
 
 
@@ -405,7 +406,7 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     option("--log-every", type=int, default=50, metavar="ITERATIONS", help=d)
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help=f"loader processes per process {d}")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
-    option("--no-check", dest="check", action="store_false", help="skip the check of all masks and validation images")
+    option("--no-check", dest="check", action="store_false", help="skip the check of all data before training")
 
 
 def complete(recipe: Recipe, given: dict) -> Recipe:
@@ -422,9 +423,9 @@ def find_run(out: Path, resume: str | None) -> Path | None:
     path = None if resume is None else Path(resume or out / "last.pt")
     if path and not path.is_file():
         raise FileNotFoundError(f"--resume: {path}: no such file; leave --resume out to start this run")
-    used = any((out / name).exists() for name in ("last.pt", "best.pt"))
+    used = out.is_file() or any((out / name).exists() for name in ("last.pt", "best.pt"))
     if used and (path is None or path.resolve().parent != out.resolve()):
-        raise ValueError(f"{out} already holds a run: continue it with --resume, or name another --out")
+        raise ValueError(f"{out} is a file or already holds a run: continue it with --resume, or name another --out")
     return path
 
 

@@ -90,7 +90,7 @@ def strike(process: subprocess.Popen, out: Path, number: signal.Signals, aim: st
             return False
         time.sleep(chance.uniform(0, 2.5))
     if aim == "save":
-        if not wait_for((out / ".last.pt").exists, process):
+        if not wait_for((out / ".part-last.pt").exists, process):
             return False
         time.sleep(chance.uniform(0, 0.02))
     if aim == "evaluation":  # which has workers of its own
@@ -154,7 +154,7 @@ def compare(whole: Path, broken: Path, report: Report) -> None:
         report.faults.append(f"{broken}: an evaluation is missing in the log")
     if wrong := [iteration for iteration, values in found if values != expected[iteration]]:
         report.faults.append(f"{broken}: scores at iterations {wrong} differ from the unbroken run's")
-    if parts := list(broken.glob(".*.pt")):
+    if parts := list(broken.glob(".part-*")):
         report.faults.append(f"{broken}: {parts[0].name} is left")
     report.runs, report.scores = report.runs + 1, report.scores + len(found)
 

@@ -56,6 +56,7 @@ WORDINGS = (*TEMPLATES, "a photo of a {}.", "a drawing of a {}.", "there is a {}
 SEEDS = {"captions": 1, "retrieval": 2, "validation": 3, "choices": 4, "training": 100}  # training: + seed of the run
 LABELS = 8  # drawings with masks: of 8, 32 and 128, where the start matters most, by the table "choices"
 SCORED = 60  # drawings in each of the sets for validation and choices
+SIDES = (96, 128, 160, 192)  # pixels of the short side, for score maps without training
 
 # Each system: options of `build_model` and `Recipe` beside the defaults below, and the paper's mIoU of that row.
 POST = {"prompting": "post"}
@@ -84,6 +85,11 @@ TABLES = {
         "(0, 0.1)": (POST, 43.5),
         "(0, 1)": (POST | {"backbone_lr_multiplier": 1.0}, 42.6),
         "(0.1, 0.1)": (POST | {"text_lr_multiplier": 0.1}, 42.2),
+    },
+    "longer": {  # three times --iterations
+        f"{name}{rate}": (options | {"times": 3} | more, None)
+        for rate, more in {"": {}, ", image encoder x 1": {"backbone_lr_multiplier": 1.0}}.items()
+        for name, options in {"CLIP, no language": {"prompting": "none"}, "post-model": POST}.items()
     },
 }
 START = {"random start": {"prompting": "none", "clip": None, "backbone_lr_multiplier": 1.0}}
@@ -168,13 +174,13 @@ def skip_attention(pool: nn.Module, inputs: tuple, output: tuple) -> tuple[Tenso
     return output[0], pool.c_proj(inputs[0].movedim(1, 3)).movedim(3, 1)
 
 
-def zero_shot(clip_path: Path, folders: tuple[Path, Path]) -> dict[str, float]:
-    """mIoU of score maps by what is compared with the class names, without any training on masks."""
+def zero_shot(clip_path: Path, folders: tuple[Path, Path]) -> dict[str, list[float]]:
+    """mIoU of score maps by what is compared with the class names, without any training on masks, for each of SIDES."""
     dataset = SegmentationDataset(*folders, len(NAMES), reduce_zero_label=True)
     scores, matrix, random = {}, ConfusionMatrix(len(NAMES)), torch.Generator().manual_seed(0)
     for _, label, _ in dataset:
         matrix.update(torch.randint(len(NAMES), label.shape, generator=random), label)
-    scores["a random class for every pixel"] = matrix.compute()["miou"]
+    scores["a random class for every pixel"] = [matrix.compute()["miou"]] * len(SIDES)
     paths = {"z, Eq. (1)": ("z", None), "z_bar at every position": ("z", repeat_global)}
     paths |= {"x4 through the output projection": ("z", skip_attention), "value projection": ("value", None)}
     for name, (dense, hook) in paths.items():
@@ -184,7 +190,7 @@ def zero_shot(clip_path: Path, folders: tuple[Path, Path]) -> dict[str, float]:
         for center in (False, True) if hook is not repeat_global else (False,):  # less its mean, z_bar's map is 0
             model.center = center
             title = f"{name}, less each map's mean" if center else name
-            scores[title] = evaluate(model, dataset, "cpu")["miou"]
+            scores[title] = [evaluate(model, dataset, "cpu", short_side=side)["miou"] for side in SIDES]
     return scores
 
 
@@ -193,8 +199,8 @@ def run(out: Path, options: dict, seed: int, scored_on: str, iterations: int) ->
     """Train one system once and score it; `options` are those of a row of TABLES."""
     start, options = time.perf_counter(), {"clip": str(out / "clip.pt")} | options
     fields = {name: value for name, value in options.items() if hasattr(RECIPE, name)}
-    recipe = replace(RECIPE, **fields, seed=seed, iterations=iterations)
-    settings = {name: value for name, value in options.items() if name not in (*fields, "labels")}
+    recipe = replace(RECIPE, **fields, seed=seed, iterations=iterations * options.get("times", 1))
+    settings = {name: value for name, value in options.items() if name not in (*fields, "labels", "times")}
     folder, drawings = out / "run", out / "data" / "training"
     for old in (folder, drawings):
         shutil.rmtree(old, ignore_errors=True)
@@ -205,7 +211,7 @@ def run(out: Path, options: dict, seed: int, scored_on: str, iterations: int) ->
     train_set = SegmentationDataset(*find_split(drawings, "train"), len(NAMES), transform, reduce_zero_label=True)
     val_set = SegmentationDataset(*find_split(out / "data" / scored_on, "val"), len(NAMES), reduce_zero_label=True)
     score, device = partial(evaluate, dataset=val_set, device="cpu"), torch.device("cpu")
-    every = {"eval_every": iterations, "save_every": iterations, "log_every": iterations, "workers": 0}
+    every = dict.fromkeys(("eval_every", "save_every", "log_every"), recipe.iterations) | {"workers": 0}
     record = {"miou": train(model, train_set, recipe, folder, device, evaluate_model=score, **every)["miou"]}
     if maps := score_map_model(model, NAMES, folder):
         maps.crop_size = model.crop_size  # the same windows
@@ -238,27 +244,32 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
+def markdown(head: list, rows: list[list]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
+
+
 def format_records(table: str, records: dict[str, list[dict]]) -> str:
     """A table in Markdown, and the paired differences, row less column; bold: beyond twice its standard error. With
     five runs, a 95 % interval is 2.8 of them; the errors are over runs, not over the drawings that are scored."""
-    lines = ["| system | mIoU | of the score maps alone | gamma | paper |", "|---|---|---|---|---|"]
+    rows, differences = [], []
     for row, runs in records.items():
         miou, maps = ([r[key] for r in runs if key in r] for key in ("miou", "score_map_miou"))
         cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(values)) if values else "" for values in (miou, maps)]
         gamma = f"{statistics.mean(r['gamma'] for r in runs):.2g}" if "gamma" in runs[0] else ""
-        lines.append(f"| {row} | {' | '.join(cells)} | {gamma} | {TABLES[table][row][1] or ''} |")
-    if table != "choices":
-        *columns, _ = records
-        lines += ["", f"| row less column | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for i, row in enumerate(records):
-            cells = []
-            for column in columns[:i]:
-                pairs = zip(records[row], records[column], strict=True)
-                mean, error = mean_and_error([a["miou"] - b["miou"] for a, b in pairs])
-                cells.append(f"{mean:+.1f} ± {error:.1f}")
-                cells[-1] = f"**{cells[-1]}**" if abs(mean) > 2 * error else cells[-1]
-            lines += [f"| {' | '.join([row, *cells, *[''] * (len(columns) - len(cells))])} |"] if i else []
-    return "\n".join(lines)
+        rows.append([row, *cells, gamma, TABLES[table][row][1] or ""])
+    text = markdown(["system", "mIoU", "of the score maps alone", "gamma", "paper"], rows)
+    if table == "choices":
+        return text
+    for i, row in enumerate(records):
+        cells = [""] * len(records)
+        for j, column in enumerate(list(records)[:i]):
+            pairs = zip(records[row], records[column], strict=True)
+            mean, error = mean_and_error([a["miou"] - b["miou"] for a, b in pairs])
+            cells[j] = f"{mean:+.1f} ± {error:.1f}"
+            cells[j] = f"**{cells[j]}**" if abs(mean) > 2 * error else cells[j]
+        differences.append([row, *cells[:-1]])
+    return text + "\n\n" + markdown(["row less column", *list(records)[:-1]], differences[1:])
 
 
 def plot(records: dict[str, list[dict]], path: Path) -> None:
@@ -302,8 +313,11 @@ def main() -> None:
         draw_dataset(args.out / "data" / name, 0, SCORED, SEEDS[name])
     for part in args.parts or parts:
         if part == "zero-shot":
-            scores = retrieval(clip) | zero_shot(clip, find_split(args.out / "data/validation", "val"))
-            text = "| | % |\n|---|---|\n" + "\n".join(f"| {name} | {value:.1f} |" for name, value in scores.items())
+            text = markdown(["", "%"], [[name, f"{value:.1f}"] for name, value in retrieval(clip).items()])
+            for drawings in ("choices", "validation"):
+                scores = zero_shot(clip, find_split(args.out / "data" / drawings, "val"))
+                rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in scores.items()]
+                text += "\n\n" + markdown([f"{drawings}: mIoU at", *SIDES], rows)
         elif part in TABLES:
             records = run_table(args.out, part, args.seeds, args.iterations)
             text = format_records(part, records)

@@ -2,6 +2,7 @@
 Swins, whose weights mean the same here, and a reader's own module, as in the README."""
 
 import json
+import re
 import sys
 import urllib.error
 
@@ -321,3 +322,21 @@ def test_vit_is_torchvisions(tmp_path):
     assert [x.shape[-1] for x in pyramid] == [56, 28, 14, 7]
     expected = backbone.module.fpn3(outputs[2][:, 1:].transpose(1, 2).unflatten(2, (14, 14)))
     assert torch.allclose(pyramid[2], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("def net(:", "SyntaxError: invalid syntax"),
+        ("def net():\n    raise KeyError('x')", "KeyError: 'x'"),
+        ("def net():\n    return {}", "it returned a dict, expected a module"),
+        ("net = 5", "TypeError: 'int' object is not callable"),
+        ("", "is badnets in this folder or on PYTHONPATH?"),
+    ],
+)
+def test_backbone_code_that_fails_is_named(code, expected, tmp_path, monkeypatch):
+    (tmp_path / "badnets.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "badnets", raising=False)
+    with pytest.raises(ValueError, match=r"--backbone badnets:net: .*" + re.escape(expected)):
+        build_backbone("badnets:net")

@@ -73,7 +73,7 @@ BAD = [
     # devices, folders
     ("train", "--device meta", "--device meta"),
     ("train", "--device nosuch", "--device nosuch: expected cpu"),
-    ("train", "--out {text}", "text.txt"),
+    ("train", "--out {text}", "text.txt is a file or already holds a run"),
     ("train", "--out {run}", "already holds a run: continue it with --resume"),
     ("train", "--out {new} --resume", "--resume: {new}/last.pt: no such file"),
     ("train", "--out {new} --resume {best}", "best.pt holds no optimizer state"),
@@ -89,10 +89,10 @@ BAD = [
     ("train", "--classes sky,SKY,tree,car", "'SKY' is empty, a special token or the same as another name"),
     ("train", "--classes sky,&nbsp;,tree,car", "'&nbsp;' is empty, a special token or the same as another name"),
     ("train", "--classes sky,<end_of_text>,tree,car", "'<end_of_text>' is empty, a special token or the same"),
-    ("train", "--classes sky,,tree,car", "none of them empty"),
+    ("train", "--classes sky,,tree,car", "each a single, non-empty line"),
     ("train", "--classes {png}", "expected UTF-8: name, or name, R, G, B"),
     ("train", "--classes {oneclass}", "1 classes; 2 to 255 are possible"),
-    ("train", "--classes {formfeed}", "none of them empty, a line each"),
+    ("train", "--classes {formfeed}", "each a single, non-empty line"),
     ("predict", "{photo} --checkpoint {best} --classes sky,sky", "occurs more than once"),
     ("predict", "{photo} --checkpoint {best} --score-maps nosuch", "--score-maps nosuch: no such class"),
     # images and masks
@@ -134,8 +134,8 @@ BAD = [
     ("eval", "--checkpoint {val} --device cpu", "a damaged checkpoint, its data.val cannot be read"),
     ("predict", "{photo} --checkpoint {zero}", "a damaged checkpoint, its run.reduce_zero_label cannot be read"),
     ("eval", "--checkpoint {ignore} --device cpu", "a damaged checkpoint, its run.ignore_index cannot be read"),
-    ("eval", "--checkpoint {sparse} --device cpu", "sparse.pt: its model cannot be built"),
-    ("eval", "--checkpoint {meta} --device cpu", "meta.pt: its model cannot be built"),
+    ("eval", "--checkpoint {sparse} --device cpu", "sparse.pt: a damaged checkpoint, its model cannot be read"),
+    ("eval", "--checkpoint {meta} --device cpu", "meta.pt: a damaged checkpoint, its model cannot be read"),
     ("eval", "--checkpoint {expanded} --device cpu", "expanded.pt: its model cannot be built"),
     ("eval", "--checkpoint {othername} --device cpu", "no segmentation model named 'rn5000'"),
     ("eval", "--checkpoint {onename} --device cpu", "its model cannot be built"),
@@ -318,7 +318,7 @@ def test_a_damaged_last_checkpoint_is_named_and_kept(damage, files, tmp_path, mo
     before = last.read_bytes()
     capsys.readouterr()
     line = error_line(train, capsys, monkeypatch, *words, "--resume")
-    assert "last.pt: a damaged checkpoint, its optimizer or random_states cannot be read" in line
+    assert "last.pt: a damaged checkpoint, its optimizer, random_states or iteration cannot be used (" in line
     assert last.read_bytes() == before
 
 

@@ -436,7 +436,7 @@ def test_ap_equals_pycocotools_with_crowds_and_empty_images(tmp_path):
 
 
 def test_results_that_cannot_be_written_end_before_the_evaluation(content, tmp_path):
-    with pytest.raises(OSError, match="images was left as it was"):
+    with pytest.raises(ValueError, match="images already exists"):
         score(open_set(tmp_path, content), [], save_results=tmp_path / "images")
 
 

@@ -2,6 +2,7 @@
 of any size are what evaluation computes, drawn readably and written in COCO's format."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,16 @@ def test_a_detectors_iterations_are_twelve_epochs(root, tmp_path, monkeypatch):
         (48, 2, 1e-4, 4, 800),
         (5, 16, 2e-4, 0, 800),
     ]
+
+
+def test_a_training_image_of_another_size_ends_before_training(root, tmp_path, monkeypatch, capsys):
+    shutil.copytree(root, tmp_path / "coco")
+    file = next((tmp_path / "coco" / "images" / "train").iterdir())
+    Image.new("RGB", (8, 8)).save(file)
+    options = ["train", "--model", "retinanet_tiny", "--data", tmp_path / "coco", "--out", tmp_path / "out"]
+    line = error_line(detect, capsys, monkeypatch, *options, "--device", "cpu", "--iterations", 1, "--workers", 0)
+    assert f"{file.name}: 8 x 8 pixels" in line and "instances_train.json says" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_is_said_in_one_line(root, tmp_path, monkeypatch, capsys):

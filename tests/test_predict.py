@@ -102,6 +102,21 @@ def test_an_interrupted_photo_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("error", [KeyError("late"), OSError(28, "No space left on device")])
+def test_a_photo_that_fails_late_leaves_no_picture(error, checkpoint, photos, tmp_path, monkeypatch, capsys):
+    def draw(*_):
+        yield Image.new("RGB", (8, 8))
+        yield Image.new("RGB", (8, 8))
+        raise error
+
+    monkeypatch.setattr(predict, "draw_pictures", draw)
+    with pytest.raises(SystemExit):
+        run(predict, monkeypatch, photos / "0.png", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--sheet")
+    assert not list((tmp_path / "out").iterdir())
+    printed = capsys.readouterr()
+    assert "0 skipped, 1 failed" in printed.out and printed.err.count("is the disk full?") == isinstance(error, OSError)
+
+
 def test_a_bar_in_a_trained_name_is_part_of_the_name(photos, tmp_path, monkeypatch):
     names = ["sky|clouds", *NAMES[1:]]
     save_checkpoint(tmp_path / "best.pt", build_model("tiny", names, crop_size=64))
@@ -373,9 +388,9 @@ def test_the_documented_lines_run(checkpoint, photos, tmp_path, monkeypatch):
         (["--checkpoint", "PATH", "--score-maps", "dog"], "--score-maps dog: no such class; the classes are wall, sky"),
         (["--checkpoint", "PATH", "--classes", "dog"], "dog: no such class list; give names such as"),
         (["--checkpoint", "PATH", "--classes", "dog, cat|dog"], "'dog' occurs more than once"),
-        (["--checkpoint", "PATH", "--classes", "dog, cat||puppy"], "none of them empty"),
-        (["--checkpoint", "PATH", "--classes", "sky, , grass"], "none of them empty"),
-        (["--checkpoint", "PATH", "--classes", "|,sky"], "none of them empty"),
+        (["--checkpoint", "PATH", "--classes", "dog, cat||puppy"], "each a single, non-empty line"),
+        (["--checkpoint", "PATH", "--classes", "sky, , grass"], "each a single, non-empty line"),
+        (["--checkpoint", "PATH", "--classes", "|,sky"], "each a single, non-empty line"),
         (["--checkpoint", "PATH", "--classes", "sky||grass"], "sky||grass.*: no such class list"),
         (["--checkpoint", "PATH", "--classes", "|"], "no such class list"),
         (
