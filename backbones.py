@@ -205,7 +205,7 @@ def build_backbone(name: str, weights: str | None = None, drop_path: float | Non
             module = getattr(importlib.import_module(path), function)()
         except (ImportError, AttributeError) as error:
             raise ValueError(f"--backbone {name}: {error}; is {path} in this folder or on PYTHONPATH?") from error
-        except Exception as error:  # of that code
+        except (Exception, SystemExit) as error:  # of that code
             raise ValueError(f"--backbone {name}: {type(error).__name__}: {error}") from error
         if not isinstance(module, nn.Module):
             raise ValueError(f"--backbone {name}: it returned a {type(module).__name__}, expected a module")

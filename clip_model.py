@@ -364,7 +364,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     problems += [f"{key} is not part of the model" for key in weights if key not in expected]
     shapes = [(key, tuple(weights[key].shape), tuple(expected[key].shape)) for key in expected if key in weights]
     problems += [f"{key} is {shape}, expected {required}" for key, shape, required in shapes if shape != required]
-    problems += [f"{key} is not finite" for key, value in weights.items() if not (problems or value.isfinite().all())]
+    problems += [f"{key} is not finite" for key, value in weights.items() if not value.isfinite().all()]
     if problems:
         first = "; ".join(problems[:5])
         raise ValueError(f"{source}: the weights do not fit the model: {first} ({len(problems)} differences in all)")
@@ -383,11 +383,17 @@ def read_weights(name_or_path: str, cache: str | None = None) -> dict[str, Tenso
     weights = read_tensors(path)
     for wrapping in ("state_dict", "model"):
         weights = weights.get(wrapping, weights) if isinstance(weights, dict) else {}
-    if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
+    if not weights or not all(isinstance(k, str) and is_plain(v) for k, v in weights.items()):
         raise ValueError(f"{path}: expected a state dict, parameter names and tensors; fetch it again")
     sizes = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives store as tensors
     weights = {key.removeprefix("module."): value for key, value in weights.items() if key not in sizes}
     return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+
+
+def is_plain(x: object) -> bool:
+    """Whether this is a tensor of real numbers in memory: not sparse, quantized, expanded or without its values."""
+    plain = isinstance(x, Tensor) and x.is_cpu and x.layout == torch.strided and not (x.is_quantized or x.is_complex())
+    return plain and x.nbytes <= x.untyped_storage().nbytes()
 
 
 def read_tensors(path: str | Path) -> object:
@@ -399,9 +405,10 @@ def read_tensors(path: str | Path) -> object:
         archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
         if archive and (damaged := archive.testzip()):  # compares checksums, which torch.load does not
             raise ValueError(f"{damaged} in it differs from its checksum")
-        names = archive.namelist() if archive else []
-        code = [archive.read(name) for name in names if re.search(r"/code/.*\.py$", name, re.IGNORECASE)]
-        if any(b"__setstate__" in text for text in code):  # torch.jit.load would run it
+        files = archive.infolist() if archive else []
+        code = [archive.read(file) for file in files if re.search(r"/code/.*\.py$", file.filename, re.IGNORECASE)]
+        twice = len({file.filename.lower() for file in files}) < len(files)  # readers differ in which they take
+        if twice or any(b"__setstate__" in text for text in code):  # torch.jit.load would run it
             raise pickle.UnpicklingError
         if code:  # TorchScript
             with warnings.catch_warnings(action="ignore"):  # deprecated since torch 2.10
@@ -411,8 +418,8 @@ def read_tensors(path: str | Path) -> object:
         how = "if it is of the authors' release and you trust it, convert.py --unsafe runs what is in it"
         raise ValueError(f"{path}: it holds more than tensors and built-in types, or is damaged; {how}") from None
     except Exception as error:  # torch's own messages run over many lines and do not name the file
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: not a file of torch.save, cut short or damaged ({reason}); fetch it again") from None
+        reason = f" ({error})" if isinstance(error, ValueError | OSError) else ""
+        raise ValueError(f"{path}: not a file of torch.save, cut short or damaged{reason}; fetch it again") from None
 
 
 def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Architecture:
@@ -420,7 +427,7 @@ def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Ar
     shapes = defaultdict(lambda: [0] * 4, {key: [*value.shape, 0, 0, 0, 0] for key, value in weights.items()})
 
     def blocks(prefix: str) -> int:
-        return len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
+        return min(100, len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)}))
 
     if "visual.class_embedding" in weights:
         layers, embed_dim = blocks("visual.transformer.resblocks."), shapes["visual.proj"][1]
@@ -476,6 +483,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` at the end; after an error or an interruption, `path` is unchanged."""
     part = path.with_name(f".part-{path.name}")
     try:
+        part.unlink(missing_ok=True)  # of a killed process
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
@@ -484,8 +492,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise (cause if isinstance(cause, KeyboardInterrupt) else error) from None
         raise OSError(f"{path} was left as it was: writing failed, is the disk full? ({cause})") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

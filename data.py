@@ -29,6 +29,7 @@ from clip_model import IGNORE_INDEX, MEAN, STD, download, one_at_a_time
 
 CLASSES_DIR = Path(__file__).resolve().parent / "classes"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # others, whatever the suffix, may start a program (EPS)
 MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff", ".gif"}  # lossless formats only
 ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
@@ -41,8 +42,8 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
         names = [name.strip() for name in str(name_or_path).split(",")]
         return names, default_colors(len(names))
     shipped = CLASSES_DIR / f"{name_or_path}.txt"
-    path = shipped if shipped.is_file() else Path(name_or_path)
-    if not path.is_file():
+    path = shipped if os.path.isfile(shipped) else Path(name_or_path)
+    if not os.path.isfile(path):
         lists = ", ".join(sorted(file.stem for file in CLASSES_DIR.glob("*.txt")))
         raise FileNotFoundError(f'{path}: no such class list; give names such as "sky, grass", a file, or {lists}')
     colors, spare = {}, default_colors(256)  # name: color
@@ -50,7 +51,7 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
         if not line.strip():
             continue
         name, *color = [field.strip() for field in line.split("\t")]
-        is_rgb = len(color) == 3 and all(c.isdecimal() and int(c) <= 255 for c in color)
+        is_rgb = len(color) == 3 and all(c.isdecimal() and len(c) <= 3 and int(c) <= 255 for c in color)
         if not 0 < len(name) < 300 or name in colors or "\N{REPLACEMENT CHARACTER}" in name or (color and not is_rgb):
             raise ValueError(f"{path}:{number}: {line!r}; expected UTF-8: name, or name, R, G, B with tabs; none twice")
         colors[name] = tuple(map(int, color)) if color else spare[len(colors) % 256]
@@ -105,7 +106,7 @@ def open_image(path: str | Path, decode: bool = True) -> Image.Image:
     if not Path(path).is_file():  # opening a pipe would wait for its other end
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if decode:
                 image.load()
             return image
@@ -115,8 +116,8 @@ def open_image(path: str | Path, decode: bool = True) -> Image.Image:
 
 def read_image(path: str | Path) -> Tensor:
     """Any image file as RGB, (3, H, W) uint8. EXIF orientation is not applied: masks refer to stored pixels."""
-    pixels = np.array(to_rgb(open_image(path), path))
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # channels last in memory, the fast case for resizing
+    # channels last in memory, the fast case for resizing
+    return torch.from_numpy(np.array(to_rgb(open_image(path), path))).permute(2, 0, 1)
 
 
 def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
@@ -145,7 +146,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         if not 2 <= self.num_classes <= 255:  # with one class, the loss is 0 and the score 100 whatever the model does
-            raise ValueError(f"{self.num_classes} classes; 2 to 255 are possible: is the background class missing?")
+            raise ValueError(f"{self.num_classes} classes; 2 to 255 are possible, counting the background")
         images, masks = files_by_stem(self.image_dir, IMAGE_SUFFIXES), files_by_stem(self.mask_dir, MASK_SUFFIXES)
         for files, others, kind in ((images, masks, "mask"), (masks, images, "image")):
             if alone := [path for stem, path in files.items() if stem not in others]:
@@ -365,8 +366,6 @@ def download_ade20k(root: str | Path, url: str = ADE20K_URL, sha1: str = ADE20K_
     folder, archive, unpacked = root / name, root / f"{name}.zip", root / f"{name}.unpacking"
     if (folder / "images").is_dir():
         return folder
-    if folder.is_dir() and os.listdir(folder):
-        raise ValueError(f"{folder} holds other files, but no images: move them, and run again")
     download(url, archive, sha1, "sha1")
     with one_at_a_time(unpacked / "lock"):  # another process may be unpacking; what an interrupted one left is replaced
         if not (folder / "images").is_dir():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from clip_model import replacing
 from data import SegmentationDataset, TrainTransform, find_split, resize_to_fit, run_script
 from denseclip import build_model, read_checkpoint, restore_model
 from eval import ConfusionMatrix, evaluate, predict_labels, start_process
@@ -37,8 +38,10 @@ def draw_dataset(root: Path, train: int = 320, val: int = 40, seed: int = 0) -> 
             (root / kind / split).mkdir(parents=True, exist_ok=True)
         for i in range(number):
             image, mask = draw_scene(random)
-            image.save(root / "images" / split / f"drawing_{i:04d}.jpg", quality=92)
-            mask.save(root / "annotations" / split / f"drawing_{i:04d}.png")
+            with replacing(root / "images" / split / f"drawing_{i:04d}.jpg") as part:
+                image.save(part, quality=92)
+            with replacing(root / "annotations" / split / f"drawing_{i:04d}.png") as part:
+                mask.save(part)
     lines = ["\t".join(map(str, (name, *color))) for name, color in CLASSES.items()]
     (root / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

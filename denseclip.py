@@ -79,9 +79,7 @@ class LanguageGuidedEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """images: (B, 3, H, W) RGB, normalized with CLIP's mean and std.
-
-        return: the pyramid x1 .. x4, one of them joined by the score map; score map (B, K, H4, W4); text (B, K, C)
-        """
+        return: the pyramid x1 .. x4, one of them joined by the score map; score map (B, K, H4, W4); text (B, K, C)"""
         # Eq. (1): [z_bar, z] = MHSA([x4_bar, x4]), CLIP's attention pool applied to every position
         pyramid, global_embedding, visual_embeddings = self.backbone(images)  # x1 .. x4, (B, C), (B, C, H4, W4)
         image_tokens = visual_embeddings.flatten(2).transpose(1, 2)  # (B, H4 W4, C)
@@ -232,11 +230,9 @@ class DenseCLIP(nn.Module):
 
 def pixel_text_scores(visual: Tensor, text: Tensor) -> Tensor:
     """Cosine similarity of every pixel and every class name, Eq. (2).
-
     visual: (B, C, H, W)  language-compatible feature map z
     text:   (B, K, C)     text embeddings t
-    return: (B, K, H, W)  in [-1, 1]; divide by tau before a loss
-    """
+    return: (B, K, H, W)  in [-1, 1]; divide by tau before a loss"""
     return torch.einsum("bchw,bkc->bkhw", F.normalize(visual, dim=1), F.normalize(text, dim=2))
 
 
@@ -561,8 +557,7 @@ def read_checkpoint(path: str | Path) -> dict:
     found = checkpoint | {f"{k}.{name}": value for k, part in parts.items() for name, value in part.items()}
     types = {name: isinstance(found[name], kind) for name, kind in kinds.items() if name in found}
     types["class_names"] = types["class_names"] and all(isinstance(name, str) for name in found["class_names"])
-    for x in found["model"].values() if types["model"] else ():
-        types["model"] &= isinstance(x, Tensor) and x.is_cpu and x.layout == torch.strided and not x.is_quantized
+    types["model"] = types["model"] and all(map(clip_model.is_plain, found["model"].values()))
     if wrong := [name for name, right in types.items() if not right]:
         raise ValueError(f"{path}: a damaged checkpoint, its {' and '.join(wrong)} cannot be read")
     return checkpoint

@@ -145,7 +145,7 @@ def predict_files(args: argparse.Namespace) -> None:
         found = {name: value[found["scores"] >= args.threshold] for name, value in found.items()}
         results = coco.to_results(found, len(images) + 1, ids)
         with replacing(pictures[path]) as part:
-            draw_detections(photo, found, names).save(part)
+            draw_detections(photo, found, names).save(part, "PNG")
         images.append({"id": len(images) + 1, "file_name": path.name, "width": photo.width, "height": photo.height})
         annotations.extend({"id": i, **result} for i, result in enumerate(results, start=len(annotations) + 1))
 

@@ -83,6 +83,8 @@ def probability_strips(
         if multi_scale:
             flipped = sliding_window(model, scaled.flip(-1), model.crop_size, stride)  # (1, K, h', w')
             variants.append(flipped.flip(-1))
+    if not sum(x.sum() for x in variants).isfinite():
+        raise ValueError("the model's outputs are not finite: its weights are damaged, or its training diverged")
     rows = max(1, STRIP * (1 if image.device.type == "cpu" else 64) // (variants[0].shape[1] * size[1]))
     for top in range(0, size[0], rows):
         strip = range(top, min(top + rows, size[0]))

@@ -273,7 +273,7 @@ def find_images(paths: list[str]) -> list[Path]:
     for path in map(Path, (path or "''" for path in paths)):  # an empty name is not this folder
         pattern = f"{glob.escape(str(path))}/*" if path.is_dir() else str(path)
         there = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        found = [p for p in there if p.suffix.lower() in data.IMAGE_SUFFIXES and p.is_file()]  # no pipes: they may wait
+        found = [p for p in there if p.suffix.lower() in data.IMAGE_SUFFIXES and p.is_file() and p.name[:6] != ".part-"]
         if not found:
             others = " ".join(sorted({p.suffix if p.is_file() and p.suffix else p.name for p in there})[:5])
             what = f"no image, only {others}" if others else "no such image, or a folder without any"
@@ -432,7 +432,7 @@ def main() -> None:
         with bf16, contextlib.ExitStack() as stack:  # all of a photo's pictures or none: it is not skipped next time
             parts = [stack.enter_context(replacing(file)) for file in files[path]]
             for picture, part in zip(draw_pictures(predictor, open_photo(path), shown, args.sheet), parts, strict=True):
-                picture.save(part)
+                picture.save(part, "PNG")
 
     failed = for_each_image(todo, work)
     print(f"pictures of {len(todo) - failed} photos written to {args.out}, {skipped} skipped, {failed} failed")

@@ -268,8 +268,7 @@ def unchanged_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def until_stopped(start: int, end: int) -> Iterator[tuple[int, bool]]:
-    """start, ..., end, each with whether to save and stop: after Ctrl-C, or a scheduler's SIGTERM, in any process. A
-    second Ctrl-C raises KeyboardInterrupt at once."""
+    """start, ..., end, each with whether to stop: after Ctrl-C or SIGTERM in any process. A second Ctrl-C raises."""
     asked = torch.zeros(1)
 
     def note(*_) -> None:
@@ -315,21 +314,18 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
         raise ValueError(f"{path} belongs to another run: {what}; repeat its options, or name another --out")
     if rank == 0 and longer:
         print(f"a run of {there['iterations']} iterations becomes one of {end}, with the longer run's learning rates")
-    if rank == 0 and done == end:
-        print(f"{path}: already finished, only evaluated again; a larger --iterations would continue the run")
     load_weights(model, checkpoint["model"], str(path))
     states, device = checkpoint["random_states"], next(model.parameters()).device
     try:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        [x.expand_as(p) for p, state in optimizer.state.items() for x in state.values()]  # fails where sizes differ
+        [x.view(p.shape) for p, state in optimizer.state.items() for k, x in state.items() if k != "step"]
         range(end + 1).index(done)
         if len(states) == world:
             torch.set_rng_state(states[rank]["cpu"])
             if device.type == "cuda" and "cuda" in states[rank]:
                 torch.cuda.set_rng_state(states[rank]["cuda"], device)
     except Exception as error:  # whatever a file may hold
-        what = f"its optimizer, random_states or iteration cannot be used ({error!r:.200})"
-        raise ValueError(f"{path}: a damaged checkpoint, {what}") from error
+        raise ValueError(f"{path}: a damaged optimizer, random_states or iteration ({error!r:.200})") from error
     return done, checkpoint.get("best", -1.0) if (out / "best.pt").is_file() else -1.0
 
 
@@ -348,12 +344,11 @@ def start_log(out: Path, run: dict, device: torch.device, accumulate: int, new: 
     if this_process()[0] > 0:
         return
     out.mkdir(parents=True, exist_ok=True)
-    try:  # until this process ends; loader workers, which may outlive it, do not inherit this kind of lock
-        os.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644), os.F_TLOCK, 0)
-    except BlockingIOError:
-        raise ValueError(f"{out}: another training writes there; name another --out") from None
-    except (AttributeError, OSError):  # Windows and some file systems have no such locks
-        pass
+    with contextlib.suppress(AttributeError, OSError):  # Windows and some file systems have no such locks
+        try:  # until this process ends; loader workers, which may outlive it, do not inherit this kind of lock
+            os.lockf(os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644), os.F_TLOCK, 0)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another training writes there; name another --out") from None
     record = {"command": shlex.join(sys.argv), "python": sys.version.split()[0], "torch": torch.__version__}
     record |= {"device": str(device), "processes": this_process()[1], "accumulate": accumulate, "run": run}
     write_log(out, record, "w" if new else "a")
@@ -365,7 +360,8 @@ def write_log(out: Path, record: dict, mode: str = "a") -> None:
         with open(out / "log.jsonl", mode, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and "iteration" in record}
-        tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more, but training goes on
+            tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
 
 
 LOOP = ("resume", "accumulate", "recompute", "workers", "eval_every", "log_every")  # options of `train`
@@ -421,11 +417,13 @@ def complete(recipe: Recipe, given: dict) -> Recipe:
 def find_run(out: Path, resume: str | None) -> Path | None:
     """The file to resume from, None for a new run. `resume`: "" is out/last.pt. An --out in use is refused."""
     path = None if resume is None else Path(resume or out / "last.pt")
+    files = [out / name for name in ("last.pt", "best.pt", "log.jsonl")]
+    if out.exists() and not out.is_dir() or any(file.exists() and not file.is_file() for file in files):
+        raise ValueError(f"--out {out} is no folder, or what is named last.pt, best.pt or log.jsonl there is no file")
     if path and not path.is_file():
         raise FileNotFoundError(f"--resume: {path}: no such file; leave --resume out to start this run")
-    used = out.is_file() or any((out / name).exists() for name in ("last.pt", "best.pt"))
-    if used and (path is None or path.resolve().parent != out.resolve()):
-        raise ValueError(f"{out} is a file or already holds a run: continue it with --resume, or name another --out")
+    if any(file.exists() for file in files[:2]) and (path is None or path.resolve().parent != out.resolve()):
+        raise ValueError(f"{out} already holds a run: continue it with --resume, or name another --out")
     return path
 
 

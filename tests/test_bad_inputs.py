@@ -10,6 +10,8 @@ import pickle
 import resource
 import shutil
 import signal
+import warnings
+import zipfile
 from unittest import mock
 
 import numpy as np
@@ -73,7 +75,7 @@ BAD = [
     # devices, folders
     ("train", "--device meta", "--device meta"),
     ("train", "--device nosuch", "--device nosuch: expected cpu"),
-    ("train", "--out {text}", "text.txt is a file or already holds a run"),
+    ("train", "--out {text}", "text.txt is no folder"),
     ("train", "--out {run}", "already holds a run: continue it with --resume"),
     ("train", "--out {new} --resume", "--resume: {new}/last.pt: no such file"),
     ("train", "--out {new} --resume {best}", "best.pt holds no optimizer state"),
@@ -102,6 +104,7 @@ BAD = [
     ("train", "VAL=size", "1.png: 64 x 64 pixels, but"),
     ("train", "VAL=nomask", "no mask of this name in"),
     ("train", "VAL=colors", "a mask in colors (RGB), but masks hold class indices"),
+    ("train", "VAL=eps", "1.png: not readable as an image"),
     ("train", "VAL=gif", "no files of these types, only .gif"),
     ("train", "VAL=jpgmasks", "no files of these types, only .jpg"),
     ("train", "VAL=fifo", "no image files there"),
@@ -136,7 +139,9 @@ BAD = [
     ("eval", "--checkpoint {ignore} --device cpu", "a damaged checkpoint, its run.ignore_index cannot be read"),
     ("eval", "--checkpoint {sparse} --device cpu", "sparse.pt: a damaged checkpoint, its model cannot be read"),
     ("eval", "--checkpoint {meta} --device cpu", "meta.pt: a damaged checkpoint, its model cannot be read"),
-    ("eval", "--checkpoint {expanded} --device cpu", "expanded.pt: its model cannot be built"),
+    ("eval", "--checkpoint {expanded} --device cpu", "expanded.pt: a damaged checkpoint, its model cannot be read"),
+    ("train", "--init {expanded}", "expanded.pt: a damaged checkpoint, its model cannot be read"),
+    ("eval", "--checkpoint {wild} --val {images} {masks} --device cpu --workers 0", "outputs are not finite"),
     ("eval", "--checkpoint {othername} --device cpu", "no segmentation model named 'rn5000'"),
     ("eval", "--checkpoint {onename} --device cpu", "its model cannot be built"),
     ("eval", "--checkpoint {samename} --device cpu", "'wall' occurs more than once"),
@@ -155,8 +160,11 @@ BAD = [
     ("train", "--clip {nanclip}", "is not finite"),
     ("train", "--clip {otherclip}", "weights of another architecture"),
     ("train", "--clip {best}", "not CLIP's weights"),
-    ("predict", "{photo} --classes a,b --clip {huge}", "the weights do not fit the model"),
+    ("predict", "{photo} --classes a,b --clip {huge}", "expected a state dict, parameter names and tensors"),
     ("predict", "{photo} --classes a,b --clip {odd}", "the weights do not fit the model"),
+    ("predict", "{photo} --classes a,b --clip {deep}", "the weights do not fit the model"),
+    ("predict", "{photo} --classes a,b --clip {bare}", "expected a state dict, parameter names and tensors"),
+    ("train", "--clip {bare}", "expected a state dict, parameter names and tensors"),
     ("predict", "{photo} --classes a,b --clip {flat}", "no CLIP has these sizes"),
     ("train", "--backbone nosuch", "no backbone named 'nosuch'"),
     ("train", "--backbone nosuch:net", "is nosuch in this folder or on PYTHONPATH?"),
@@ -169,6 +177,8 @@ BAD = [
     ),
     ("eval", "--checkpoint {best} --val {images} {masks} --save-masks {images} --device cpu", "name another folder"),
     ("train", "--out {oldrun}", "already holds a run"),
+    ("train", "--out {pipes}", "what is named last.pt, best.pt or log.jsonl there is no file"),
+    ("train", "--out {pipes} --resume", "what is named last.pt, best.pt or log.jsonl there is no file"),
     ("train", "--classes {longname}", "expected UTF-8: name"),
     ("convert", "{best} {new}.pt", "expected a checkpoint of the authors' release"),
     ("convert", "{empty} {new}.pt", "cut short or damaged"),
@@ -178,7 +188,7 @@ BAD = [
 
 def damaged_sets(root, source):
     """Copies of a set of three images and masks, with one fault each."""
-    for name in "half value77 ignored size nomask colors gif jpgmasks fifo twice newline".split():
+    for name in "half value77 ignored size nomask colors eps gif jpgmasks fifo twice newline".split():
         shutil.copytree(source, root / name)
     image, mask = "images/1.png", "masks/1.png"
     (root / "half" / image).write_bytes((source / image).read_bytes()[:500])
@@ -187,6 +197,7 @@ def damaged_sets(root, source):
         Image.fromarray(np.full((96, 128), 255, np.uint8)).save(file)
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(root / "size" / mask)
     (root / "nomask" / mask).unlink()
+    Image.open(source / image).save(root / "eps" / image, "EPS")  # which Pillow would give to Ghostscript
     Image.open(source / image).save(root / "colors" / mask)
     for name, kind, suffix in (("gif", "images", ".gif"), ("jpgmasks", "masks", ".jpg")):
         for file in list((root / name / kind).iterdir()):
@@ -217,6 +228,7 @@ def damaged_checkpoints(root, best):
         "ignore": {"run": {"ignore_index": "x"}},
         "sparse": {"model": weights | {head: weights[head].to_sparse()}},
         "meta": {"model": weights | {head: weights[head].to("meta")}},
+        "wild": {"model": weights | {head: torch.full_like(weights[head], 3e38)}},
         "expanded": {"model": weights | {head: torch.zeros(1).expand(2**20, 2**20, 1, 1)}},
         "othername": {"name": "rn5000"},
         "onename": {"class_names": [""]},
@@ -247,6 +259,8 @@ def damaged_clips(root):
         "otherclip": {k: v for k, v in clip.items() if not k.startswith("transformer.resblocks.1.")},
         "huge": clip | {conv: torch.zeros(1).expand(1_000_000, 32, 1, 1)},
         "odd": clip | {"visual.layer1.10000000.conv1.weight": torch.zeros(1)},
+        "deep": clip | {f"transformer.resblocks.{i}.x": torch.zeros(1) for i in range(20_000)},
+        "bare": clip | {conv: clip[conv].to("meta")},
         "flat": clip | {"ln_final.weight": torch.zeros(7_777, 1), "visual.class_embedding": torch.zeros(1)},
     }
     for name, weights in clips.items():
@@ -266,14 +280,15 @@ def files(tmp_path_factory):
     (root / "run").mkdir()
     shutil.copy(root / "best.pt", root / "run" / "last.pt")
     os.mkfifo(root / "fifo.jpg")
+    (root / "pipes").mkdir()
+    os.mkfifo(root / "pipes" / "log.jsonl")
     (root / "oldrun").mkdir()
     shutil.copy(root / "best.pt", root / "oldrun" / "best.pt")  # whose last.pt is gone
     (root / "longname.txt").write_text("sky\n" + "x" * 1_000_000)
     (root / "formfeed.txt").write_text("sky\ntree\fcar\nroad\nbike\n")
     made = {name: root / f"{name}.pt" for name in damaged_checkpoints(root, root / "best.pt") + damaged_clips(root)}
-    made |= {name: root / f"{name}.txt" for name in ("empty", "text", "oneclass", "longname", "formfeed")} | {
-        "oldrun": root / "oldrun"
-    }
+    made |= {name: root / f"{name}.txt" for name in ("empty", "text", "oneclass", "longname", "formfeed")}
+    made |= {name: root / name for name in ("oldrun", "pipes")}
     made |= {"images": images, "masks": masks, "photo": f"{images}/0.png", "png": f"{images}/0.png"}
     return made | {"best": root / "best.pt", "run": root / "run", "fifo": root / "fifo.jpg", "new": root / "new"}
 
@@ -318,7 +333,7 @@ def test_a_damaged_last_checkpoint_is_named_and_kept(damage, files, tmp_path, mo
     before = last.read_bytes()
     capsys.readouterr()
     line = error_line(train, capsys, monkeypatch, *words, "--resume")
-    assert "last.pt: a damaged checkpoint, its optimizer, random_states or iteration cannot be used (" in line
+    assert "last.pt: a damaged optimizer, random_states or iteration (" in line
     assert last.read_bytes() == before
 
 
@@ -358,7 +373,19 @@ class Script(torch.nn.Module):
         torch.save(state[1], state[0])
 
 
+def two_of_one_name(path, payload):
+    """Zip readers differ in which of two entries they take."""
+    torch.jit.script(Script(str(payload.path))).save(str(path))
+    content = [(name, zipfile.ZipFile(path).read(name)) for name in zipfile.ZipFile(path).namelist()]
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+        for name, data in content:
+            archive.writestr(name, data)
+            if name.endswith(".py"):
+                archive.writestr(name, b"#\n")
+
+
 HOSTILE = {
+    "TorchScript, some of it twice": two_of_one_name,
     "TorchScript": lambda path, payload: torch.jit.script(Script(str(payload.path))).save(str(path)),
     "a pickle": lambda path, payload: path.write_bytes(pickle.dumps(payload)),
     "torch.save": lambda path, payload: torch.save({"model": payload}, path),

@@ -277,11 +277,11 @@ def test_a_short_run_is_saved_ten_times(folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_resume_can_lengthen_a_run_and_says_when_it_is_finished(folders, tmp_path, monkeypatch, capsys):
+def test_resume_can_lengthen_a_run_and_repeats_the_last_evaluation(folders, tmp_path, monkeypatch, capsys):
     run(training, monkeypatch, *arguments(folders, tmp_path))
     capsys.readouterr()
     run(training, monkeypatch, *arguments(folders, tmp_path, "--resume"))
-    assert "already finished" in capsys.readouterr().out
+    assert "pixel accuracy" in capsys.readouterr().out
     run(training, monkeypatch, *arguments(folders, tmp_path, "--resume", "--iterations", 6))
     assert "a run of 4 iterations becomes one of 6" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
