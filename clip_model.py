@@ -488,8 +488,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what stopped its writing
-        if getattr(cause, "errno", None) is None:  # Ctrl-C, no error of writing, or one of ours
-            raise (cause if isinstance(cause, KeyboardInterrupt) else error) from None
+        if (
+            getattr(cause, "errno", None) is None
+        ):  # Ctrl-C, a worker that was killed, no error of writing, or one of ours
+            raise (cause or error) from None
         raise OSError(f"{path} was left as it was: writing failed, is the disk full? ({cause})") from None
     finally:
         part.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import torch
 from helpers import NAMES, error_line, make_folders
 from PIL import Image
 
-from clip_model import CLIP
+from clip_model import CLIP, replacing
 from data import run_script
 from denseclip import PRESETS, build_model, read_checkpoint, save_checkpoint
 
@@ -445,6 +445,21 @@ def test_ctrl_c_while_saving_is_no_error_of_writing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt), mock.patch("torch.serialization._save", interrupt):
         save_checkpoint(tmp_path / "last.pt", build_model("tiny", NAMES))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_worker_killed_while_saving_is_named_as_such(tmp_path):
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"), mock.patch("os.fsync", killed):
+        save_checkpoint(tmp_path / "last.pt", build_model("tiny", NAMES))
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")
+    with pytest.raises(RuntimeError, match="DataLoader worker"), replacing(tmp_path / "last.pt"):
+        try:
+            killed()
+        except RuntimeError:
+            raise error  # noqa: B904, as torch's writer does
     assert not os.listdir(tmp_path)
 
 
