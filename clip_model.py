@@ -407,9 +407,8 @@ def read_tensors(path: str | Path) -> object:
             raise ValueError(f"{damaged} in it differs from its checksum")
         files = archive.infolist() if archive else []
         code = [archive.read(file) for file in files if re.search(r"/code/.*\.py$", file.filename, re.IGNORECASE)]
-        twice = len({file.filename.lower() for file in files}) < len(files)  # readers differ in which they take
-        if twice or any(b"__setstate__" in text for text in code):  # torch.jit.load would run it
-            raise pickle.UnpicklingError
+        if len({file.filename.lower() for file in files}) < len(files) or any(b"__setstate__" in text for text in code):
+            raise pickle.UnpicklingError  # of two entries readers may take either; torch.jit.load runs __setstate__
         if code:  # TorchScript
             with warnings.catch_warnings(action="ignore"):  # deprecated since torch 2.10
                 return torch.jit.load(str(path), map_location="cpu").state_dict()
@@ -490,7 +489,7 @@ def replacing(path: Path) -> Iterator[Path]:
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what stopped its writing
         if (
             getattr(cause, "errno", None) is None
-        ):  # Ctrl-C, a worker that was killed, no error of writing, or one of ours
+        ):  # Ctrl-C, a killed worker, no error of writing, or one of ours
             raise (cause or error) from None
         raise OSError(f"{path} was left as it was: writing failed, is the disk full? ({cause})") from None
     finally:

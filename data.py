@@ -116,8 +116,7 @@ def open_image(path: str | Path, decode: bool = True) -> Image.Image:
 
 def read_image(path: str | Path) -> Tensor:
     """Any image file as RGB, (3, H, W) uint8. EXIF orientation is not applied: masks refer to stored pixels."""
-    # channels last in memory, the fast case for resizing
-    return torch.from_numpy(np.array(to_rgb(open_image(path), path))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(to_rgb(open_image(path), path))).permute(2, 0, 1)  # channels last in memory: fast
 
 
 def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
