@@ -487,9 +487,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what stopped its writing
-        if (
-            getattr(cause, "errno", None) is None
-        ):  # Ctrl-C, a killed worker, no error of writing, or one of ours
+        if getattr(cause, "errno", None) is None:  # Ctrl-C, a killed worker, no error of writing, or one of ours
             raise (cause or error) from None
         raise OSError(f"{path} was left as it was: writing failed, is the disk full? ({cause})") from None
     finally:
