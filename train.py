@@ -318,8 +318,8 @@ def restore_run(path: Path, out: Path, model: nn.Module, optimizer: Optimizer, r
     states, device = checkpoint["random_states"], next(model.parameters()).device
     try:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        [x.view(p.shape) for p, state in optimizer.state.items() for k, x in state.items() if k != "step"]
-        range(end + 1).index(done)
+        [x.view(p.shape) for p, state in optimizer.state.items() for k, x in state.items() if k != "step"]  # its sizes
+        range(end + 1).index(done)  # a ValueError if the iteration is not in it
         if len(states) == world:
             torch.set_rng_state(states[rank]["cpu"])
             if device.type == "cuda" and "cuda" in states[rank]:
@@ -360,7 +360,7 @@ def write_log(out: Path, record: dict, mode: str = "a") -> None:
         with open(out / "log.jsonl", mode, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and "iteration" in record}
-        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more, but training goes on
+        with contextlib.suppress(BrokenPipeError):  # as after `| head`: training goes on without the printout
             tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
 
 
@@ -419,7 +419,7 @@ def find_run(out: Path, resume: str | None) -> Path | None:
     path = None if resume is None else Path(resume or out / "last.pt")
     files = [out / name for name in ("last.pt", "best.pt", "log.jsonl")]
     if out.exists() and not out.is_dir() or any(file.exists() and not file.is_file() for file in files):
-        raise ValueError(f"--out {out} is no folder, or what is named last.pt, best.pt or log.jsonl there is no file")
+        raise ValueError(f"--out {out} is not a folder, or its last.pt, best.pt or log.jsonl is not a file")
     if path and not path.is_file():
         raise FileNotFoundError(f"--resume: {path}: no such file; leave --resume out to start this run")
     if any(file.exists() for file in files[:2]) and (path is None or path.resolve().parent != out.resolve()):
