@@ -98,8 +98,8 @@ def test_the_walkthrough_has_its_outputs_and_is_small():
 def test_the_walkthrough_runs(tmp_path):
     """Every cell, with fewer steps."""
     notebook = nbformat.read(ROOT / "walkthrough.ipynb", as_version=4)
-    fewer = {"steps=400": "steps=20", "drawings=2_000": "drawings=64", "iterations=160": "iterations=4"}
-    fewer |= {"warmup=16": "warmup=0", "runs/walkthrough": str(tmp_path), "train=32, val=20": "train=8, val=5"}
+    fewer = {"steps=400": "steps=20", "drawings=2_000": "drawings=64", "iterations=480": "iterations=4"}
+    fewer |= {"warmup=48": "warmup=0", "runs/walkthrough": str(tmp_path), "train=32, val=20": "train=8, val=5"}
     for old, new in fewer.items():
         assert any(old in cell.source for cell in notebook.cells), old
         for cell in notebook.cells:
