@@ -33,7 +33,7 @@ class AttentionPoolBackbone(nn.Module):
 
     def __init__(self, module: nn.Module, embed_dim: int, input_resolution: int = 512, imagenet_normalize: bool = True):
         super().__init__()
-        self.module, self.embed_dim = module, embed_dim
+        self.module = module
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet_normalize else (clip_model.MEAN, clip_model.STD)
         mean, std = torch.tensor([clip_model.MEAN, mean]), torch.tensor([clip_model.STD, std])  # (2, 3), CLIP's first
         self.register_buffer("scale", (std[0] / std[1]).view(3, 1, 1), persistent=False)
@@ -88,9 +88,8 @@ class PyramidViT(clip_model.VisionTransformer):
         self.fpn1, self.fpn2, self.fpn3, self.fpn4 = four_scales(a.width)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        maps, global_embedding, visual_embeddings = super().forward(images)  # four (B, D, h, w), (B, C), (B, C, h, w)
-        pyramid = [self.fpn1(maps[0]), self.fpn2(maps[1]), self.fpn3(maps[2]), self.fpn4(maps[3])]  # 4h x 4w, ...
-        return pyramid, global_embedding, visual_embeddings
+        maps, *rest = super().forward(images)  # four (B, D, h, w); z_bar (B, C), z (B, C, h, w)
+        return [self.fpn1(maps[0]), self.fpn2(maps[1]), self.fpn3(maps[2]), self.fpn4(maps[3])], *rest  # 4h x 4w, ...
 
 
 class ViTPyramid(nn.Module):
@@ -197,8 +196,8 @@ PYRAMIDS |= {"swin_t": SwinPyramid, "swin_s": SwinPyramid, "vit_b_16": ViTPyrami
 
 
 def build_backbone(name: str, weights: str | None = None, drop_path: float | None = None) -> nn.Module:
-    """A torchvision network with `weights` (see `load_torchvision`), drop_path: of Swin; or the module that a function
-    of yours returns, if `name` is "package.module:function". Images have ImageNet's mean and std."""
+    """A torchvision network, for images with ImageNet's mean and std; weights: see `load_torchvision`, drop_path: for
+    Swin. Or, if `name` is "package.module:function", the module that this function of yours returns."""
     if ":" in name:
         path, _, function = name.partition(":")
         try:

@@ -348,7 +348,7 @@ def load_clip(name_or_path: str, quick_gelu: bool = True, cache: str | None = No
     weights = read_weights(name_or_path, cache)
     architecture = read_architecture(weights, name_or_path)
     try:
-        with torch.device("meta"):  # no memory for parameters: those of the file are used, whatever sizes it pretends
+        with torch.device("meta"):  # no memory for parameters: those of the file are used, whatever sizes it claims
             model = CLIP(architecture, quick_gelu)
     except Exception as error:
         raise ValueError(f"{name_or_path}: no CLIP has these sizes: {architecture}") from error

@@ -222,7 +222,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
 
 def are_numbers(values: list, limit: float) -> bool:
-    """Whether all are numbers from -limit to limit; bools and nan are none."""
+    """Whether all are numbers from -limit to limit; bools and nan do not count."""
     return set(map(type, values)) <= {int, float} and all(-limit <= value <= limit for value in values)
 
 
@@ -240,14 +240,14 @@ def read_segmentation(segmentation: object, size: list[int], where: str) -> list
     polygons = segmentation if isinstance(segmentation, list) else []
     polygons = [p for p in polygons if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
     if not all(are_numbers(p, 2 * max(size)) for p in polygons):
-        raise ValueError(f"{where} has a polygon with values that are no pixels of its image or nearby")
+        raise ValueError(f"{where} has a polygon with coordinates far outside its image")
     return polygons or None
 
 
 def decompress(text: str) -> list[int]:
     """The runs of an RLE that pycocotools compressed; of other text, none or wrong ones.
     A character from "0" on holds 5 bits of a number, lowest first, and 32 if more follow; the last bit is the sign.
-    From the fourth on, a number is the difference to the run before the last one."""
+    From the fourth on, a number is the difference from the run two before it."""
     codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48  # (characters,)
     ends = np.flatnonzero(codes < 32)  # (runs,)
     lengths = np.diff(ends, prepend=-1)  # (runs,), characters of each number

@@ -61,7 +61,7 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
 
 
 def default_colors(number: int) -> list[tuple[int, int, int]]:
-    """Colors for classes without: each is the one farthest in RGB from black, white, gray and those before it."""
+    """Colors for classes that have none: each the one farthest in RGB from black, white, gray and those before it."""
     grid = np.stack(np.meshgrid(*[np.linspace(30, 250, 8)] * 3), axis=-1).reshape(-1, 3).round().astype(int)  # (512, 3)
     colors, distance = [], np.min([np.linalg.norm(grid - gray, axis=1) for gray in (0, 128, 255)], axis=0)  # (512,)
     while len(colors) < number:

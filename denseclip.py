@@ -384,7 +384,7 @@ def check_ranges(values: dict) -> None:
 
 
 def resolve(s: Settings, preset: Preset) -> Settings:
-    """The settings with defaults filled in. What would have no effect stays None, and a ValueError if it was given."""
+    """The settings with defaults filled in. What would have no effect stays None, and is a ValueError if given."""
     for name, kind in Settings.__annotations__.items():
         value = getattr(s, name)
         number = type(value) is int and isinstance(0.0, kind)  # a whole number where fractions are possible
@@ -498,8 +498,8 @@ def build_encoder(
 
 
 def check_class_names(class_names: list[str], number: int = 0) -> None:
-    """A ValueError unless class_names is a list of different, non-empty names, as many as `number` if that is not 0."""
-    line = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"  # neither control characters nor what no file can hold
+    """A ValueError unless class_names is a list of distinct, non-empty names, as many as `number` if that is not 0."""
+    line = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"  # neither control characters nor lone surrogates
     if isinstance(class_names, str) or not class_names or not all(re.fullmatch(line, name) for name in class_names):
         raise ValueError(f"expected a list of class names, each a single, non-empty line, got {class_names!r:.300}")
     if repeated := sorted({name for name in class_names if list(class_names).count(name) > 1}):
@@ -569,7 +569,7 @@ def load_checkpoint(path: str | Path, backbone: str | nn.Module | None = None) -
 
 
 def restore_model(checkpoint: dict, path: str | Path, build: Callable, backbone=None) -> nn.Module:
-    """The model in what `read_checkpoint` read from path; build: build_model, here or in detection.py. Keeps memory.
+    """The model in what `read_checkpoint` read from path; build: `build_model` of either task. Calls `keep_memory`.
     backbone: module or string of your own, as it was given for training; a checkpoint alone never imports code."""
     saved = checkpoint["settings"].get("backbone")
     if backbone is None and ":" in str(saved):

@@ -127,12 +127,12 @@ def draw_detections(photo: Image.Image, found: Instances, class_names: list[str]
 
 def predict_files(args: argparse.Namespace) -> None:
     paths, file = find_images(args.paths), args.out / "detections.json"
-    if file.exists() and not args.overwrite:
-        raise ValueError(f"{file} exists already: name another --out, or --overwrite what is there")
+    pictures = {path: args.out / f"{path.stem}.png" for path in paths}
     _, _, device = start_process(args.device)
     model = load_checkpoint(args.checkpoint, backbone=args.backbone).to(device)
-    pictures = {path: args.out / f"{path.stem}.png" for path in paths}
     prepare_outputs(paths, [*pictures.values(), file])
+    if there := [x for x in (file, *pictures.values()) if x.exists() and not args.overwrite]:
+        raise ValueError(f"{there[0]} exists already: name another --out, or --overwrite what is there")
     names, ids = model.class_names, range(1, len(model.class_names) + 1)
     if model.name.startswith("mask") and coco.COCO is None:
         print(f"masks are drawn, but {file} will have none: they need pycocotools (pip install pycocotools)")
@@ -147,7 +147,8 @@ def predict_files(args: argparse.Namespace) -> None:
         with replacing(pictures[path]) as part:
             draw_detections(photo, found, names).save(part, "PNG")
         images.append({"id": len(images) + 1, "file_name": path.name, "width": photo.width, "height": photo.height})
-        annotations.extend({"id": i, **result} for i, result in enumerate(results, start=len(annotations) + 1))
+        for x in results:
+            annotations.append({"id": len(annotations) + 1, "area": x["bbox"][2] * x["bbox"][3], "iscrowd": 0, **x})
 
     try:
         failed = for_each_image(paths, work)
@@ -183,11 +184,11 @@ def main() -> None:
     option = predicting.add_argument
     option("paths", nargs="+", metavar="PATHS", help='images, folders and patterns such as "photos/*.jpg"')
     option("--out", type=Path, default=Path("detections"), metavar="DIR", help="(default: %(default)s)")
-    option("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score shown (default: %(default)s)")
+    option("--threshold", type=float, default=0.5, metavar="SCORE", help="lowest, from 0.05 (default: %(default)s)")
     option("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: %(default)s)")
     option("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     for command in (training, scoring, predicting):
-        fit = "fit images in (5/3 of this, this) (default: 800 to train, then as in training)"
+        fit = "limit of the short side; the long side's is 5/3 of it (default: 800, later as in training)"
         command.add_argument("--short-side", type=int, metavar="PIXELS", help=fit)
     for option in (scoring.add_argument, predicting.add_argument):
         option("--checkpoint", type=Path, required=True, metavar="PATH", help="best.pt or last.pt, or from convert.py")

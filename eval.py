@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node 8 eval.py --checkpoint runs/rn50/best.pt
 
 The checkpoint knows its model, class names, how masks were read, and training's validation set. The protocol is the
-released one: fit the image in (2048, crop size), average logits of windows, resize to the image's size, softmax."""
+released one: fit the image in (2048, short side), average logits of windows, resize to the image's size, softmax."""
 
 import argparse
 import os
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -119,7 +120,7 @@ class ConfusionMatrix:
         """Scores in per cent: `miou, mean_accuracy, pixel_accuracy` and per class `iou` (K,), `accuracy` (K,).
         A class neither labeled nor predicted has no IoU (nan) and is left out of the mean; one that is predicted but
         never labeled counts as 0. Accuracy is defined for labeled classes only."""
-        counts = self.counts.double().cpu()
+        counts = self.counts.cpu().double()  # MPS has no float64
         hits, labeled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         if not labeled.sum():
             raise ValueError("nothing to score: all pixels are ignored; check --ignore-index and --reduce-zero-label")
@@ -146,11 +147,8 @@ def format_table(metrics: dict, class_names: list[str]) -> str:
 
 def to_json(metrics: dict) -> dict:
     """The same scores as built-in types, nan as None."""
-
-    def number(value: float) -> float | None:
-        return None if value != value else round(value, 4)
-
-    return {k: list(map(number, v.tolist())) if isinstance(v, Tensor) else number(v) for k, v in metrics.items()}
+    values = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+    return tree_map(lambda value: None if value != value else round(value, 4), values)
 
 
 def evaluate(
@@ -231,7 +229,7 @@ def main() -> None:
     option("--reduce-zero-label", action=argparse.BooleanOptionalAction, help="ignore 0 (default: as in training)")
     option("--multi-scale", action="store_true", help="scales 0.5 to 1.75, each also flipped")
     option("--short-side", type=int, metavar="PIXELS", help="fit images in (2048, this) (default: as in training)")
-    option("--save-masks", metavar="DIR", help="write the predicted masks there, as palette PNGs of class indices")
+    option("--save-masks", metavar="DIR", help="write the predictions there, PNGs with the masks' own values")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="image readers (default: %(default)s)")
     option("--device", help="cuda, cuda:1, cpu, ... (default: cuda if available)")
     args = parser.parse_args()

@@ -162,7 +162,7 @@ class Predictor:
         self.reduce_zero_label = bool(saved.get("run", {}).get("reduce_zero_label"))
         self.device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device).eval()
-        self.short_side = self.short_side or self.model.short_side
+        self.short_side = self.model.short_side = self.short_side or self.model.short_side
         self.protocol = {"short_side": self.short_side, "multi_scale": self.multi_scale}
 
     def labels(self, photo: Photo) -> Tensor:
@@ -175,8 +175,8 @@ class Predictor:
 
     @torch.no_grad()
     def score_maps(self, photo: Photo, small: bool = False) -> Tensor:
-        """Cosine similarity of every pixel and every class, Eq. (2), (K, H, W) on the CPU; values: less its mean.
-        small: (K, h, w), before they are resized to the photo's size."""
+        """Cosine similarity of every pixel and every class, Eq. (2), (K, H, W) on the CPU; small: (K, h, w), before
+        they are resized to the photo's size. With dense="value", each map less its mean."""
         if self.scores is None:
             raise ValueError(f"{self.checkpoint}: it was trained without language, so it has no score maps")
         (image, size), window = self.read(photo), self.scores.crop_size  # (3, H, W), (H, W), pixels
@@ -193,7 +193,7 @@ class Predictor:
     def read(self, photo: Photo) -> tuple[Tensor, tuple[int, int]]:
         """The photo (3, H, W), normalized, and its size (H, W)."""
         pixels = torch.from_numpy(np.array(open_photo(photo))).permute(2, 0, 1)  # (3, H, W) uint8
-        return data.eval_transform(pixels, torch.empty(0))[0].to(self.device), pixels.shape[-2:]
+        return data.normalize(pixels / 255).to(self.device), pixels.shape[-2:]
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -56,8 +56,8 @@ class Recipe:
     lr: float = 1e-4
     weight_decay: float = 1e-4
     decay_norms: bool = True  # False: no weight decay of LayerNorms and positions
-    backbone_lr_multiplier: float = 0.1
-    text_lr_multiplier: float = 0.0  # 0: the text encoder is frozen
+    backbone_lr_multiplier: float = 0.1  # 0: frozen, but for the running statistics of batch norms
+    text_lr_multiplier: float = 0.0  # 0: frozen
     warmup: int = 1_500  # iterations
     schedule: str = "poly"  # or "step", see `learning_rate`
     power: float = 0.9  # of "poly"
@@ -76,15 +76,15 @@ SGD = Recipe(optimizer="sgd", lr=0.01, weight_decay=5e-4, backbone_lr_multiplier
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """The optimizer's parameter groups: a smaller rate for the image encoder, no decay of the context decoder's norms.
-    Also freezes the text encoder, unless its learning rate is above 0; frozen parameters are in no group.
+    Also freezes what has a multiplier of 0; frozen parameters are in no group.
     Released code: the longest matching key decides; a norm inside the backbone counts as "backbone" and does decay."""
     rates = {"backbone": recipe.backbone_lr_multiplier, "text_encoder": recipe.text_lr_multiplier, "norm": 1, "rest": 1}
     groups = {}
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         key = next((key for key in rates if key in name), "rest")
-        if key == "text_encoder":
-            parameter.requires_grad_(recipe.text_lr_multiplier > 0)
+        if key == "text_encoder" or not rates[key]:  # min_lr would raise a rate of 0
+            parameter.requires_grad_(rates[key] > 0)
         undecayed = key == "norm" or not recipe.decay_norms and (id(parameter) in norms or "position" in name)
         if parameter.requires_grad:
             decay = 0.0 if undecayed else recipe.weight_decay
@@ -360,7 +360,7 @@ def write_log(out: Path, record: dict, mode: str = "a") -> None:
         with open(out / "log.jsonl", mode, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and "iteration" in record}
-        with contextlib.suppress(BrokenPipeError):  # as after `| head`: training goes on without the printout
+        with contextlib.suppress(BrokenPipeError):  # as after `| head`: training continues without the printout
             tqdm.write(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
 
 
@@ -372,7 +372,7 @@ SETTABLE = [field.name for field in fields(Settings) if field.name not in (*OWN,
 def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, recipe: Recipe, out: str) -> None:
     """Options of model, recipe (its defaults) and run; first: add_argument of the group that --help begins with."""
     d = "(default: %(default)s)"
-    default = "the first; with --backbone vitb16, for its text" if "vitb16" in models else "the first"
+    default = "rn50; with --backbone: vitb16, for its text encoder" if "vitb16" in models else "the first"
     first("--model", choices=models, metavar="NAME", help=f"{', '.join(models)} (default: {default})")
     first("--out", type=Path, default=Path(out), metavar="DIR", help=d)
     option = parser.add_argument_group("model").add_argument
@@ -381,15 +381,16 @@ def add_options(parser: argparse.ArgumentParser, first: Callable, models: dict, 
     option("--prompting", choices=PROMPTING, help="where the text comes from; none: baseline (default: post)")
     option("--backbone", metavar="NAME", help="instead of CLIP's: resnet50, swin_t, ..., or package.module:function")
     option("--backbone-weights", metavar="NAME", help="of --backbone: name, file or none (default: IMAGENET1K_V1)")
-    option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=f"of {', '.join(SETTABLE)}")
+    option("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=f"one of {', '.join(SETTABLE)}")
     option = parser.add_argument_group("recipe").add_argument
     option("--iterations", type=int, help=f"(default: {recipe.iterations or '12 epochs'})")
     option("--batch-size", type=int, help=f"per iteration, over all processes (default: {recipe.batch_size})")
-    option("--optimizer", choices=("adamw", "sgd"), help="(default: adamw)")
+    if recipe == Recipe():  # segmentation's, whose sgd has a learning rate of its own
+        option("--optimizer", choices=("adamw", "sgd"), help="sgd: with section 4.1's other defaults (default: adamw)")
     option("--lr", type=float, help=f"peak rate (default: {recipe.lr or 'as released'})")
     option("--weight-decay", type=float, help=f"(default: {recipe.weight_decay})")
     option("--backbone-lr-multiplier", type=float, metavar="X", help=f"(default: {recipe.backbone_lr_multiplier})")
-    option("--text-lr-multiplier", type=float, metavar="X", help="(default: 0, frozen)")
+    option("--text-lr-multiplier", type=float, metavar="X", help="0: frozen (default: 0)")
     option("--warmup", type=int, metavar="ITERATIONS", help=f"(default: {recipe.warmup}, at most a tenth of the run)")
     option("--clip-grad", type=float, metavar="NORM", help=f"0: no clipping (default: {recipe.clip_grad})")
     option("--precision", choices=("fp32", "bf16"), help="(default: fp32)")
@@ -461,6 +462,8 @@ def choose_model(presets: dict, options: dict) -> tuple[str, dict, dict]:
         clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
         pretrained = pretrained or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
     if backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
+        if options["clip"] not in (None, "none"):
+            raise ValueError(f"--clip {clip} would have no effect: without prompting, --backbone has no part of CLIP")
         clip = None
     weights = {"init": init, "clip": clip, "backbone_weights": pretrained}
     return name, settings, {option: None if value == "none" else value for option, value in weights.items()}
@@ -531,7 +534,7 @@ def main() -> None:
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
     train_set = SegmentationDataset(*train_folders, len(class_names), transform, **labels)
     val_set = SegmentationDataset(*val_folders, len(class_names), **labels)
-    recipe = SGD if args.optimizer == "sgd" else SWIN if args.backbone in ("swin_t", "swin_s") else Recipe()
+    recipe = SGD if args.optimizer == "sgd" else SWIN if settings.get("backbone") in ("swin_t", "swin_s") else Recipe()
     recipe = complete(recipe, vars(args) | labels | weights)
     rank, world = this_process()
     if rank == 0:

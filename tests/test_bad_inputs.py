@@ -166,6 +166,7 @@ BAD = [
     ("predict", "{photo} --classes a,b --clip {bare}", "expected a state dict, parameter names and tensors"),
     ("train", "--clip {bare}", "expected a state dict, parameter names and tensors"),
     ("predict", "{photo} --classes a,b --clip {flat}", "no CLIP has these sizes"),
+    ("train", "--backbone resnet18 --prompting none --clip {clip}", "clip.pt would have no effect: without prompting"),
     ("train", "--backbone nosuch", "no backbone named 'nosuch'"),
     ("train", "--backbone nosuch:net", "is nosuch in this folder or on PYTHONPATH?"),
     ("train", "--backbone-weights {best}", "would have no effect: they belong to a backbone by name"),

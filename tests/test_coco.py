@@ -296,7 +296,7 @@ ONES = coco_mask.encode(np.ones((64, 96), dtype=np.uint8, order="F"))["counts"].
             )
         ],
         *[
-            ([[1, 1, 9, 1, 9, value]], "a polygon with values that are no pixels of its image or nearby")
+            ([[1, 1, 9, 1, 9, value]], "a polygon with coordinates far outside its image")
             for value in (float("nan"), float("inf"), -float("inf"), True, "9", None, [9], 10**400, 1e9)
         ],
     ],

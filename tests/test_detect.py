@@ -2,6 +2,7 @@
 of any size are what evaluation computes, drawn readably and written in COCO's format."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -295,6 +296,8 @@ def test_predictions_are_what_evaluation_computes(checkpoint, monkeypatch, tmp_p
     ]
     files = {image["id"]: image["file_name"] for image in images}
     names = {3: NAMES[0], 7: NAMES[1]}
+    for annotation in known:
+        assert annotation.pop("area") == math.prod(annotation["bbox"][2:]) and annotation.pop("iscrowd") == 0
     assert known == [
         {**r, "id": 0, "image_id": files[r["image_id"]], "category_id": names[r["category_id"]]} for r in expected
     ]
@@ -324,6 +327,7 @@ def test_pictures_and_json_hold_what_reaches_the_threshold(checkpoint, monkeypat
             plain = photo.resize(picture.size, Image.Resampling.NEAREST)
         assert picture.size == plain.size and (np.array(picture) != np.array(plain)).any() == bool(annotations)
     assert len(content.imgToAnns[1]) == 10
+    assert len(content.getAnnIds(areaRng=[-1, 1e9], iscrowd=False)) == len(content.anns)
 
 
 def test_a_photo_is_resized_to_the_scale_of_training(retinanet, monkeypatch, tmp_path):
@@ -358,6 +362,13 @@ def test_what_is_there_is_kept_unless_overwritten(retinanet, monkeypatch, capsys
     error = error_line(detect, capsys, monkeypatch, "predict", photos / "0.png", *options, "--device", "cpu")
     assert "detections.json exists already: name another --out, or --overwrite" in error
     assert (out / "detections.json").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0.png").write_text("mine")
+    options[-1] = tmp_path / "mine"
+    error = error_line(detect, capsys, monkeypatch, "predict", photos / "0.png", *options, "--device", "cpu")
+    assert "0.png exists already: name another --out, or --overwrite" in error
+    assert (tmp_path / "mine" / "0.png").read_text() == "mine"
+    options[-1] = out
     assert predict(monkeypatch, photos / "0.png", *options, "--overwrite") == 0
     assert [image["file_name"] for image in json.loads((out / "detections.json").read_text())["images"]] == ["0.png"]
 

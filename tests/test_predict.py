@@ -498,3 +498,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 def test_short_side_has_a_range(short_side, checkpoint):
     with pytest.raises(ValueError, match="short_side is .*, it must be from 32 to 8192"):
         Predictor(checkpoint, short_side=short_side)
+
+
+def test_an_exported_graph_knows_the_short_side_that_was_given(checkpoint):
+    assert Predictor(checkpoint, short_side=96).model.short_side == 96  # which `export` writes beside the graph

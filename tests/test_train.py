@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,9 @@ def test_parameter_groups_are_the_released_ones():
     assert [groups[name]["weight_decay"] for name in ("backbone", "norm", "rest")] == [1e-4, 0, 1e-4]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert (len(frozen), sum(p.numel() for p in frozen)) == (149, 63_657_472)
+    groups = parameter_groups(model, Recipe(backbone_lr_multiplier=0))
+    assert {group["name"] for group in groups} == {"norm", "rest"}  # min_lr raises no rate of 0
+    assert not any(parameter.requires_grad for parameter in model.encoder.backbone.parameters())
 
 
 def test_learning_rates_are_the_released_ones():
@@ -116,6 +120,10 @@ def test_swin_recipe_is_its_authors(monkeypatch, folders, tmp_path):
     ((model, recipe),) = runs
     assert (recipe.iterations, recipe.batch_size, recipe.lr, recipe.weight_decay) == (160_000, 16, 6e-5, 0.01)
     assert model.name == "vitb16"  # the text encoder of a backbone that is not CLIP's
+    save_checkpoint(tmp_path / "swin.pt", build_model("tiny", NAMES, backbone="swin_t", prompting="none"))
+    options = ["--device", "cpu", "--out", tmp_path / "tuned", "--init", tmp_path / "swin.pt"]
+    run(training, monkeypatch, *data[:-2], *options)
+    assert replace(runs.pop()[1], init=None) == recipe  # --init brings the backbone, and so its recipe
     rates = {0: 6e-11, 750: 6e-5 * (1 - 750 / 160_000) * 0.5000005, 1500: 5.94375e-5, 80_000: 3e-5, 159_999: 3.75e-10}
     for iteration, rate in rates.items():
         assert learning_rate(iteration, 6e-5, recipe) == pytest.approx(rate, rel=1e-9)
