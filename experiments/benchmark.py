@@ -7,6 +7,7 @@
 
 Prints a table in Markdown: medians of several runs of both sides, which take turns, their ratio, and what share of this
 machine's own fastest convolution or matrix product, measured in the same run, this code reached. Weights are random.
+The ratio of times is how often as fast this code is; that of memory is how much of the released memory it needs.
 
 "Released" is `as_released`: text encoder in every forward, one sequence per class name; attention as nn.Module or plain
 products; channels-first layout; losses of whole batches at full size; in training gradients of the text encoder, too,
@@ -187,10 +188,7 @@ class Benchmark:
                 (seconds,) = self.take_turns(lambda x=x, w=w: F.conv2d(x, w, padding=1))
                 best[0] = max(best[0], 2 * 9 * x.numel() * channels / seconds)
         for m, n, k in ((1024, 1024, 1024), (2048, 2048, 2048), (1601 * images, 3072, 768), (1601 * images, 768, 3072)):
-            a, b = (
-                torch.randn(m, k, device=self.device, dtype=dtype),
-                torch.randn(n, k, device=self.device, dtype=dtype),
-            )
+            a, b = (torch.randn(rows, k, device=self.device, dtype=dtype) for rows in (m, n))
             (seconds,) = self.take_turns(lambda a=a, b=b: F.linear(a, b))
             best[1] = max(best[1], 2 * m * n * k / seconds)
         print(f"| peak: convolution, matrix | {precision} | | {best[0] / 1e9:.0f}, {best[1] / 1e9:.0f} GFLOP/s | | |")
@@ -384,10 +382,8 @@ def released_sample(image_path: Path, mask_path: Path, crop: int = 512) -> tuple
     def coin() -> bool:
         return np.random.randint(2) == 1
 
-    image, label = (
-        cv2.imread(str(image_path)),
-        cv2.imread(str(mask_path), cv2.IMREAD_UNCHANGED),
-    )  # BGR (H, W, 3), (H, W)
+    image = cv2.imread(str(image_path))  # BGR (H, W, 3)
+    label = cv2.imread(str(mask_path), cv2.IMREAD_UNCHANGED)  # (H, W)
     label[label == 0] = 255
     label = label - 1
     label[label == 254] = 255
@@ -507,9 +503,8 @@ def main() -> None:
         with mock.patch.object(Benchmark, "measure_peaks"):
             print(peak_memory(Benchmark(torch.device(args.device), 1, args.batch_size), *args.peak_memory))
         return
-    name = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
-    )
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu
     print(f"{name}, {args.threads} threads, PyTorch {torch.__version__}, medians of {args.runs} runs\n")
     bench = Benchmark(torch.device(args.device), args.runs, args.batch_size)
     for part in args.parts or PARTS:

@@ -182,8 +182,9 @@ def crash(root: Path, kills: int, terms: int, iterations: int = 100, seed: int =
                 try:
                     process.wait(timeout=300)
                 except subprocess.TimeoutExpired:
-                    report.faults.append(f"{plan[0]}: still running 300 s later")
+                    report.faults.append(f"{plan[:1]}: still running 300 s later")
                     process.kill()
+                    process.wait()
                 stderr.seek(0)
                 errors = stderr.read()
             ended = process.returncode == 0
@@ -194,10 +195,8 @@ def crash(root: Path, kills: int, terms: int, iterations: int = 100, seed: int =
                 if fault := check_end(process, errors, number, aim, out):
                     report.faults.append(fault)
                 for file in ("last.pt", "best.pt"):
-                    exists = (out / file).exists()
-                    if exists:
-                        read_checkpoint(out / file)  # raises if it cannot be loaded
-                    report.checkpoints[file, "loadable" if exists else "none yet"] += 1
+                    there = (out / file).exists() and read_checkpoint(out / file)  # raises if it cannot be loaded
+                    report.checkpoints[file, "loadable" if there else "none yet"] += 1
             elif not ended:
                 raise RuntimeError(f"{out} could not be continued: {errors.strip()[-1000:]}")
         compare(whole, out, report)

@@ -84,8 +84,9 @@ def long_run(out: Path, iterations: int) -> None:
     model.register_forward_pre_hook(Recorder(out / "long_run.csv", min(200, iterations // 8)))
     every = max(iterations // 20, 1)
     loop = {"workers": 1, "eval_every": every, "save_every": every, "log_every": every}
-    loop |= {"evaluate_model": partial(evaluate, dataset=val_set, device=device, workers=1)}
-    train(model, train_set, Recipe(iterations=iterations, batch_size=2, lr=1e-3, warmup=0), out, device, **loop)
+    recipe = Recipe(iterations=iterations, batch_size=2, lr=1e-3, warmup=0)
+    score = partial(evaluate, dataset=val_set, device=device, workers=1)
+    train(model, train_set, recipe, out, device, evaluate_model=score, **loop)
 
 
 # ------------------------------------------------------------------------------------------------ what it shows

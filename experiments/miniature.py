@@ -1,28 +1,19 @@
 """The paper's claim in miniature: a small CLIP, trained here on captioned drawings, and Table 2 measured with it.
 
-    python -m experiments.miniature pretrain           # clip.pt, which --clip takes wherever it takes RN50
-    python -m experiments.miniature zero-shot          # what clip.pt knows before any mask is seen, and pictures of it
-    python -m experiments.miniature prompting          # Table 2; or another of the tables below
     python -m experiments.miniature                    # everything; it continues where an earlier call stopped
+    python -m experiments.miniature prompting          # Table 2; or another of the parts that --help names
 
-The drawings are the demo's: eight classes, textures and shapes. Captions list what a drawing shows, in several
-wordings and any order, and never where. Then DenseCLIP is trained with the paper's losses, optimizer and
-multipliers of the rate, from a few drawings with masks, five times per system: seed s draws the same drawings and
-shows them in the same order in all systems, so differences are paired. Five sets of drawings have seeds of their
-own: for captions, retrieval, training, our choice of the number of masks, and validation, on which nothing is
-chosen. Files go to --out; results.jsonl has a line for each run, which is not repeated. After a change of the code,
-name another --out. Pictures of what clip.pt sees:
-
-    python predict.py runs/miniature/data/validation/images/validation --clip runs/miniature/clip.pt --dense value \\
-        --classes "stripes, checkerboard, dots, circle, square, triangle, cross, ring" --sheet
-"""
+Captions list what a drawing of the demo shows, in several wordings and any order, and never where. Then DenseCLIP is
+trained on a few drawings with masks, five times per system: seed s draws the same drawings and shows them in the same
+order in all systems, so differences are paired. Captions, retrieval, training, our choice of the number of masks and
+validation, on which nothing is chosen, have drawings of their own. Files go to --out; results.jsonl has a line for
+each run, which is not repeated. After a change of the code or of clip.pt, name another --out."""
 
 import argparse
 import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import time
 from dataclasses import replace
@@ -36,18 +27,18 @@ if __name__ == "__main__":  # before torch
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from clip_model import CLIP, load_clip, replacing
 from data import SegmentationDataset, TrainTransform, find_split, normalize, run_script
 from demo import CLASSES, draw_dataset, draw_scene
-from denseclip import PRESETS, build_model
+from denseclip import PRESETS, Settings, build_model
 from eval import ConfusionMatrix, evaluate
 from predict import TEMPLATES, score_map_model, zero_shot_model
 from tokenizer import tokenize
-from train import Recipe, train
+from train import Recipe, complete, train
 
 NAMES = list(CLASSES)
 SIDE = 96  # pixels per side of the drawings in pre-training
@@ -59,12 +50,13 @@ SCORED = 60  # drawings in each of the sets for validation and choices
 SIDES = (96, 128, 160, 192)  # pixels of the short side, for score maps without training
 
 # Each system: options of `build_model` and `Recipe` beside the defaults below, and the paper's mIoU of that row.
-POST = {"prompting": "post"}
+NONE, POST, FULL = {"prompting": "none"}, {"prompting": "post"}, {"backbone_lr_multiplier": 1.0}
+RANDOM, LONG = NONE | {"clip": None} | FULL, {"times": 3}  # times: of --iterations
 TABLES = {
     "prompting": {  # Table 2, and Table 7
-        "random start": ({"prompting": "none", "clip": None, "backbone_lr_multiplier": 1.0}, None),
-        "CLIP, no language": ({"prompting": "none"}, 39.6),
-        "the same, image encoder x 1": ({"prompting": "none", "backbone_lr_multiplier": 1.0}, "under 30"),
+        "random start": (RANDOM, None),
+        "CLIP, no language": (NONE, 39.6),
+        "the same, image encoder x 1": (NONE | FULL, "under 30"),
         "+ template": ({"prompting": "template"}, None),
         "+ template, post-model": ({"prompting": "template+post"}, 42.9),
         "+ learned contexts": ({"prompting": "learned"}, 42.1),
@@ -83,21 +75,20 @@ TABLES = {
     },
     "rates": {  # Table 6: multipliers of the learning rate (text encoder, image encoder)
         "(0, 0.1)": (POST, 43.5),
-        "(0, 1)": (POST | {"backbone_lr_multiplier": 1.0}, 42.6),
+        "(0, 1)": (POST | FULL, 42.6),
         "(0.1, 0.1)": (POST | {"text_lr_multiplier": 0.1}, 42.2),
     },
-    "longer": {  # three times --iterations
-        f"{name}{rate}": (options | {"times": 3} | more, None)
-        for rate, more in {"": {}, ", image encoder x 1": {"backbone_lr_multiplier": 1.0}}.items()
-        for name, options in {"CLIP, no language": {"prompting": "none"}, "post-model": POST}.items()
+    "longer": {
+        "CLIP, no language": (NONE | LONG, None),
+        "post-model": (POST | LONG, None),
+        "CLIP, no language, image encoder x 1": (NONE | LONG | FULL, None),
+        "post-model, image encoder x 1": (POST | LONG | FULL, None),
     },
-}
-START = {"random start": {"prompting": "none", "clip": None, "backbone_lr_multiplier": 1.0}}
-START |= {"CLIP, no language": {"prompting": "none"}, "post-model": POST}
-TABLES["choices"] = {  # scored on drawings of their own
-    f"{name}, {labels}": (options | {"labels": labels}, None)
-    for name, options in START.items()
-    for labels in (8, 32, 128)
+    "choices": {  # scored on drawings of their own
+        f"{name}, {labels}": (options | {"labels": labels}, None)
+        for name, options in {"random start": RANDOM, "CLIP, no language": NONE, "post-model": POST}.items()
+        for labels in (8, 32, 128)
+    },
 }
 RECIPE = Recipe(iterations=120, batch_size=8, lr=1e-3, warmup=12, reduce_zero_label=True)
 
@@ -126,10 +117,9 @@ def pretrain(path: Path, steps: int = 2_000, drawings: int = 8_000, batch_size: 
     torch.manual_seed(0)
     clip = CLIP(ARCHITECTURE).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.1, fused=True)
-    cosine = [(1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps + 1)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 100) * cosine[i])
     bar, order = tqdm(range(steps), "pre-training", disable=None), []
-    for _ in bar:
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = lr * (min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2)
         if len(order) < batch_size:
             order = random.permutation(drawings).tolist()
         batch, order = order[:batch_size], order[batch_size:]
@@ -141,7 +131,6 @@ def pretrain(path: Path, steps: int = 2_000, drawings: int = 8_000, batch_size: 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         clip.logit_scale.data.clamp_(max=math.log(100))
         bar.set_postfix_str(f"loss {loss.item():.2f}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,16 +153,6 @@ def retrieval(clip_path: Path, number: int = 200) -> dict[str, float]:
     return {f"recall@1, {name}": 100 * value for name, value in found.items()}
 
 
-def repeat_global(pool: nn.Module, inputs: tuple, output: tuple) -> tuple[Tensor, Tensor]:
-    """Forward hook of an attention pool: z_bar at every position, a control that knows nothing of places."""
-    return output[0], output[0][:, :, None, None].expand_as(output[1])
-
-
-def skip_attention(pool: nn.Module, inputs: tuple, output: tuple) -> tuple[Tensor, Tensor]:
-    """Forward hook of an attention pool: the features before it, through its output projection alone."""
-    return output[0], pool.c_proj(inputs[0].movedim(1, 3)).movedim(3, 1)
-
-
 def zero_shot(clip_path: Path, folders: tuple[Path, Path]) -> dict[str, list[float]]:
     """mIoU of score maps by what is compared with the class names, without any training on masks, for each of SIDES."""
     dataset = SegmentationDataset(*folders, len(NAMES), reduce_zero_label=True)
@@ -181,13 +160,17 @@ def zero_shot(clip_path: Path, folders: tuple[Path, Path]) -> dict[str, list[flo
     for _, label, _ in dataset:
         matrix.update(torch.randint(len(NAMES), label.shape, generator=random), label)
     scores["a random class for every pixel"] = [matrix.compute()["miou"]] * len(SIDES)
-    paths = {"z, Eq. (1)": ("z", None), "z_bar at every position": ("z", repeat_global)}
-    paths |= {"x4 through the output projection": ("z", skip_attention), "value projection": ("value", None)}
+    paths = {  # what is compared, and a forward hook of the attention pool: (pool, (x4,), (z_bar, z)) -> (z_bar, z)
+        "z, Eq. (1)": ("z", None),
+        "z_bar at every position": ("z", lambda _, x, y: (y[0], y[0][:, :, None, None].expand_as(y[1]))),
+        "x4 through the output projection": ("z", lambda p, x, y: (y[0], p.c_proj(x[0].movedim(1, 3)).movedim(3, 1))),
+        "value projection": ("value", None),
+    }
     for name, (dense, hook) in paths.items():
         model = zero_shot_model(str(clip_path), NAMES, dense).eval()
         if hook:
             model.encoder.backbone.attnpool.register_forward_hook(hook)
-        for center in (False, True) if hook is not repeat_global else (False,):  # less its mean, z_bar's map is 0
+        for center in (False,) if "z_bar" in name else (False, True):  # less its mean, z_bar's map is 0
             model.center = center
             title = f"{name}, less each map's mean" if center else name
             scores[title] = [evaluate(model, dataset, "cpu", short_side=side)["miou"] for side in SIDES]
@@ -198,12 +181,9 @@ def zero_shot(clip_path: Path, folders: tuple[Path, Path]) -> dict[str, list[flo
 def run(out: Path, options: dict, seed: int, scored_on: str, iterations: int) -> dict:
     """Train one system once and score it; `options` are those of a row of TABLES."""
     start, options = time.perf_counter(), {"clip": str(out / "clip.pt")} | options
-    fields = {name: value for name, value in options.items() if hasattr(RECIPE, name)}
-    recipe = replace(RECIPE, **fields, seed=seed, iterations=iterations * options.get("times", 1))
-    settings = {name: value for name, value in options.items() if name not in (*fields, "labels", "times")}
-    folder, drawings = out / "run", out / "data" / "training"
-    for old in (folder, drawings):
-        shutil.rmtree(old, ignore_errors=True)
+    recipe = complete(RECIPE, options | {"seed": seed, "iterations": iterations * options.get("times", 1)})
+    settings = {name: value for name, value in options.items() if name in Settings.__annotations__}
+    folder, drawings = out / "run", out / "data" / f"training_{seed}_{options['labels']}"
     draw_dataset(drawings, options["labels"], 0, SEEDS["training"] + seed)
     torch.manual_seed(seed)
     model = build_model("tiny", NAMES, clip=options["clip"], crop_size=SIDE, short_side=144, **settings)
@@ -223,19 +203,17 @@ def run(out: Path, options: dict, seed: int, scored_on: str, iterations: int) ->
 
 def run_table(out: Path, table: str, seeds: int, iterations: int) -> dict[str, list[dict]]:
     """The records of each row of a table, one per seed. Runs whose record is in results.jsonl are not repeated."""
-    file, scored_on = out / "results.jsonl", "choices" if table == "choices" else "validation"
+    file, scored_on, records = out / "results.jsonl", "choices" if table == "choices" else "validation", {}
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    records, bar = {}, tqdm(total=seeds * len(TABLES[table]), desc=table, disable=None)
-    for seed, (row, (options, _)) in itertools.product(range(seeds), TABLES[table].items()):
+    runs = list(itertools.product(range(seeds), TABLES[table].items()))
+    for seed, (row, (options, _)) in tqdm(runs, table, disable=None):
         what = {"options": {"labels": LABELS} | options, "seed": seed, "scored_on": scored_on, "iterations": iterations}
         record = next((record for record in known if what.items() <= record.items()), None)
         if record is None:
-            record = what | run(out, what["options"], seed, scored_on, iterations)
+            record = what | run(out, **what)
             with open(file, "a", encoding="utf-8") as results:
                 results.write(json.dumps(record) + "\n")
-            known.append(record)
         records.setdefault(row, []).append(record)
-        bar.update()
     return records
 
 
@@ -245,14 +223,21 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(head: list, rows: list[list]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ["---"] * len(head), *rows])
+    """A Markdown table; cells that a row lacks at its end are empty."""
+    rows = [head, ["---"] * len(head), *([*row, *[""] * (len(head) - len(row))] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
+
+
+def difference(runs: list[dict], others: list[dict]) -> str:
+    """Of the mIoU, paired by seed; bold: beyond twice its standard error. (A 95 % interval of five runs is 2.8 of them;
+    the error is over runs, not over the drawings that are scored.)"""
+    mean, error = mean_and_error([a["miou"] - b["miou"] for a, b in zip(runs, others, strict=True)])
+    return f"**{mean:+.1f} ± {error:.1f}**" if abs(mean) > 2 * error else f"{mean:+.1f} ± {error:.1f}"
 
 
 def format_records(table: str, records: dict[str, list[dict]]) -> str:
-    """A table in Markdown, and the paired differences, row less column; bold: beyond twice its standard error. With
-    five runs, a 95 % interval is 2.8 of them; the errors are over runs, not over the drawings that are scored."""
-    rows, differences = [], []
+    """A table in Markdown, and the differences, row less column."""
+    rows, names = [], list(records)
     for row, runs in records.items():
         miou, maps = ([r[key] for r in runs if key in r] for key in ("miou", "score_map_miou"))
         cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(values)) if values else "" for values in (miou, maps)]
@@ -261,69 +246,59 @@ def format_records(table: str, records: dict[str, list[dict]]) -> str:
     text = markdown(["system", "mIoU", "of the score maps alone", "gamma", "paper"], rows)
     if table == "choices":
         return text
-    for i, row in enumerate(records):
-        cells = [""] * len(records)
-        for j, column in enumerate(list(records)[:i]):
-            pairs = zip(records[row], records[column], strict=True)
-            mean, error = mean_and_error([a["miou"] - b["miou"] for a, b in pairs])
-            cells[j] = f"{mean:+.1f} ± {error:.1f}"
-            cells[j] = f"**{cells[j]}**" if abs(mean) > 2 * error else cells[j]
-        differences.append([row, *cells[:-1]])
-    return text + "\n\n" + markdown(["row less column", *list(records)[:-1]], differences[1:])
+    rows = [[row, *(difference(records[row], records[names[j]]) for j in range(i))] for i, row in enumerate(names)]
+    return text + "\n\n" + markdown(["row less column", *names[:-1]], rows[1:])
 
 
 def plot(records: dict[str, list[dict]], path: Path) -> None:
     """A dot for each run, a bar for each mean; one line per system."""
-    font, line, left, width = ImageFont.load_default(16), 30, 320, 480
-    values = [record["miou"] for runs in records.values() for record in runs]
-    low, high = 5 * math.floor(min(values) / 5), 5 * math.ceil(max(values) / 5)
-    picture = Image.new("RGB", (left + width + 40, line * (len(records) + 2)), "white")
+    font, line, left, right = ImageFont.load_default(16), 30, 320, 800  # pixels
+    scores = {row: [record["miou"] for record in runs] for row, runs in records.items()}
+    low, high = 5 * math.floor(min(map(min, scores.values())) / 5), 5 * math.ceil(max(map(max, scores.values())) / 5)
+    place, bottom = partial(np.interp, xp=(low, high), fp=(left, right)), line * len(scores)  # mIoU -> x
+    picture = Image.new("RGB", (right + 40, bottom + 2 * line), "white")
     canvas = ImageDraw.Draw(picture)
     for i in range(low, high + 1, 5):
-        x = left + width * (i - low) / (high - low)
-        canvas.line([(x, 0), (x, line * len(records))], "#dddddd")
-        canvas.text((x, line * len(records) + 4), str(i), "black", font, anchor="mt")
-    canvas.text((left + width / 2, line * (len(records) + 1)), "mIoU", "black", font, anchor="mt")
-    for i, (row, runs) in enumerate(records.items()):
-        y, scores = line * (i + 0.5), [record["miou"] for record in runs]
+        canvas.line([(place(i), 0), (place(i), bottom)], "#dddddd")
+        canvas.text((place(i), bottom + 4), str(i), "black", font, anchor="mt")
+    canvas.text(((left + right) / 2, bottom + line), "mIoU", "black", font, anchor="mt")
+    for i, (row, values) in enumerate(scores.items()):
+        y, mean = line * (i + 0.5), place(statistics.mean(values))
         canvas.text((left - 10, y), row, "black", font, anchor="rm")
-        for score in scores:
-            canvas.circle((left + width * (score - low) / (high - low), y), 4, outline="#2b6cb0")
-        x = left + width * (statistics.mean(scores) - low) / (high - low)
-        canvas.line([(x, y - 10), (x, y + 10)], "#c53030", 3)
+        for value in values:
+            canvas.circle((place(value), y), 4, outline="#2b6cb0")
+        canvas.line([(mean, y - 10), (mean, y + 10)], "#c53030", 3)
     picture.save(path)
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m experiments.miniature", None, __doc__, formatter_class=raw)
-    parts = ("pretrain", "zero-shot", *TABLES)
+    parts = ("zero-shot", *TABLES)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=2_000, help="of pre-training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each system (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=RECIPE.iterations, help="of each run (default: %(default)s)")
     args = parser.parse_args()
     if wrong := set(args.parts) - set(parts):
         parser.error(f"no part named {wrong.pop()}: choose from {', '.join(parts)}")
-    clip, start = args.out / "clip.pt", time.perf_counter()
+    clip = args.out / "clip.pt"
     if not clip.exists():
-        pretrain(clip, args.steps)
+        pretrain(clip)
     for name in ("choices", "validation"):
         draw_dataset(args.out / "data" / name, 0, SCORED, SEEDS[name])
     for part in args.parts or parts:
+        start = time.perf_counter()
         if part == "zero-shot":
             text = markdown(["", "%"], [[name, f"{value:.1f}"] for name, value in retrieval(clip).items()])
             for drawings in ("choices", "validation"):
                 scores = zero_shot(clip, find_split(args.out / "data" / drawings, "val"))
                 rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in scores.items()]
                 text += "\n\n" + markdown([f"{drawings}: mIoU at", *SIDES], rows)
-        elif part in TABLES:
+        else:
             records = run_table(args.out, part, args.seeds, args.iterations)
             text = format_records(part, records)
             plot(records, args.out / f"{part}.png")
-        else:
-            continue
         (args.out / f"{part}.md").write_text(f"{text}\n", encoding="utf-8")
         print(f"\n{part}, {time.perf_counter() - start:.0f} s\n\n{text}")
 
