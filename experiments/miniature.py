@@ -52,6 +52,7 @@ SIDES = (96, 128, 160, 192)  # pixels of the short side, for score maps without 
 # Each system: options of `build_model` and `Recipe` beside the defaults below, and the paper's mIoU of that row.
 NONE, POST, FULL = {"prompting": "none"}, {"prompting": "post"}, {"backbone_lr_multiplier": 1.0}
 RANDOM, LONG = NONE | {"clip": None} | FULL, {"times": 3}  # times: of --iterations
+FINE = FULL | {"times": 4, "labels": 32, "short_side": 192}  # as in walkthrough.ipynb: maps of 6 x 8, not 4 x 6
 TABLES = {
     "prompting": {  # Table 2, and Table 7
         "random start": (RANDOM, None),
@@ -83,6 +84,12 @@ TABLES = {
         "post-model": (POST | LONG, None),
         "CLIP, no language, image encoder x 1": (NONE | LONG | FULL, None),
         "post-model, image encoder x 1": (POST | LONG | FULL, None),
+    },
+    "finer": {
+        "CLIP, no language": (NONE | FINE, None),
+        "template": ({"prompting": "template"} | FINE, None),
+        "learned contexts": ({"prompting": "learned"} | FINE, None),
+        "post-model": (POST | FINE, None),
     },
     "choices": {  # scored on drawings of their own
         f"{name}, {labels}": (options | {"labels": labels}, None)
@@ -182,11 +189,11 @@ def run(out: Path, options: dict, seed: int, scored_on: str, iterations: int) ->
     """Train one system once and score it; `options` are those of a row of TABLES."""
     start, options = time.perf_counter(), {"clip": str(out / "clip.pt")} | options
     recipe = complete(RECIPE, options | {"seed": seed, "iterations": iterations * options.get("times", 1)})
-    settings = {name: value for name, value in options.items() if name in Settings.__annotations__}
+    settings = {"short_side": 144} | {name: options[name] for name in Settings.__annotations__ if name in options}
     folder, drawings = out / "run", out / "data" / f"training_{seed}_{options['labels']}"
     draw_dataset(drawings, options["labels"], 0, SEEDS["training"] + seed)
     torch.manual_seed(seed)
-    model = build_model("tiny", NAMES, clip=options["clip"], crop_size=SIDE, short_side=144, **settings)
+    model = build_model("tiny", NAMES, clip=options["clip"], crop_size=SIDE, **settings)
     transform = TrainTransform(model.crop_size, (2048, model.short_side))
     train_set = SegmentationDataset(*find_split(drawings, "train"), len(NAMES), transform, reduce_zero_label=True)
     val_set = SegmentationDataset(*find_split(out / "data" / scored_on, "val"), len(NAMES), reduce_zero_label=True)
@@ -244,8 +251,6 @@ def format_records(table: str, records: dict[str, list[dict]]) -> str:
         gamma = f"{statistics.mean(r['gamma'] for r in runs):.2g}" if "gamma" in runs[0] else ""
         rows.append([row, *cells, gamma, TABLES[table][row][1] or ""])
     text = markdown(["system", "mIoU", "of the score maps alone", "gamma", "paper"], rows)
-    if table == "choices":
-        return text
     rows = [[row, *(difference(records[row], records[names[j]]) for j in range(i))] for i, row in enumerate(names)]
     return text + "\n\n" + markdown(["row less column", *names[:-1]], rows[1:])
 
