@@ -193,7 +193,7 @@ class Predictor:
     def read(self, photo: Photo) -> tuple[Tensor, tuple[int, int]]:
         """The photo (3, H, W), normalized, and its size (H, W)."""
         pixels = torch.from_numpy(np.array(open_photo(photo))).permute(2, 0, 1)  # (3, H, W) uint8
-        return data.normalize(pixels / 255).to(self.device), pixels.shape[-2:]
+        return data.normalize(pixels / 255).contiguous().to(self.device), pixels.shape[-2:]
 
 
 # ------------------------------------------------------------------------------------------------ pictures
