@@ -203,7 +203,7 @@ def build_backbone(name: str, weights: str | None = None, drop_path: float | Non
         try:
             module = getattr(importlib.import_module(path), function)()
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"--backbone {name}: {error}; is {path} in this folder or on PYTHONPATH?") from error
+            raise ValueError(f"--backbone {name}: {error}; modules are looked for here and on PYTHONPATH") from error
         except (Exception, SystemExit) as error:  # of that code
             raise ValueError(f"--backbone {name}: {type(error).__name__}: {error}") from error
         if not isinstance(module, nn.Module):

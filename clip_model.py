@@ -400,7 +400,7 @@ def read_tensors(path: str | Path) -> object:
     """What torch.save wrote to a file, on the CPU, or a TorchScript archive's state dict.
     A ValueError if the file is damaged or holds more than tensors and built-in types: no code in it is run."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'a folder, expected a' if os.path.isdir(path) else 'no such'} file")
     try:
         archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
         if archive and (damaged := archive.testzip()):  # compares checksums, which torch.load does not
@@ -418,7 +418,7 @@ def read_tensors(path: str | Path) -> object:
         raise ValueError(f"{path}: it holds more than tensors and built-in types, or is damaged; {how}") from None
     except Exception as error:  # torch's own messages run over many lines and do not name the file
         reason = f" ({error})" if isinstance(error, ValueError | OSError) else ""
-        raise ValueError(f"{path}: not a file of torch.save, cut short or damaged{reason}; fetch it again") from None
+        raise ValueError(f"{path}: not a file of torch.save, or cut short or damaged{reason}") from None
 
 
 def read_architecture(weights: dict[str, Tensor], source: str = "weights") -> Architecture:

@@ -53,7 +53,7 @@ def read_classes(name_or_path: str | Path) -> tuple[list[str], list[tuple[int, i
         name, *color = [field.strip() for field in line.split("\t")]
         is_rgb = len(color) == 3 and all(c.isdecimal() and len(c) <= 3 and int(c) <= 255 for c in color)
         if not 0 < len(name) < 300 or name in colors or "\N{REPLACEMENT CHARACTER}" in name or (color and not is_rgb):
-            raise ValueError(f"{path}:{number}: {line!r}; expected UTF-8: name, or name, R, G, B with tabs; none twice")
+            raise ValueError(f"{path}:{number}: {line!r}; expected UTF-8: name, or name, R, G, B with tabs; each once")
         colors[name] = tuple(map(int, color)) if color else spare[len(colors) % 256]
     if not colors:
         raise ValueError(f"{path}: the class list is empty; write one class name per line")
@@ -95,8 +95,7 @@ def files_by_stem(folder: str | Path, suffixes: set[str]) -> dict[str, Path]:
         files[path.stem] = path
     if not files:
         others = " ".join(sorted({p.suffix for p in visible})[:5])
-        what = f"no files of these types, only {others}" if others else "no image files there"
-        what = what if Path(folder).is_dir() else "no such folder"
+        what = f"only {others} files" if others else "no images there" if Path(folder).is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {what}; expected {' '.join(sorted(suffixes))}")
     return files
 

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":  # before torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin slow down this job and others
+
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -238,7 +241,6 @@ def main() -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     model = restore_model(checkpoint, args.checkpoint, build_model, backbone=args.backbone).to(device)
     names, known = model.class_names, checkpoint.get("data", {})  # of the data set in training
-    colors = known.get("colors") or default_colors(len(names))
     folders = args.val or (None if args.data else known.get("val"))
     images, masks = folders or find_split(args.data or "data/ADEChallengeData2016", "val")
     if not args.val and not Path(images).is_dir():
@@ -249,7 +251,7 @@ def main() -> None:
     labels = {k: run.get(k, v) if getattr(args, k) is None else getattr(args, k) for k, v in labels.items()}
     dataset = SegmentationDataset(images, masks, len(names), **labels)
     options = {name: getattr(args, name) for name in ("short_side", "multi_scale", "save_masks", "workers")}
-    metrics = evaluate(model, dataset, device, colors=colors, **options)
+    metrics = evaluate(model, dataset, device, colors=known.get("colors") or default_colors(len(names)), **options)
     if rank == 0:
         print(f"{format_table(metrics, names)}\n\nmIoU {metrics['miou']:.2f} on {len(dataset)} images of {images}")
 

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # before torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin slow down this job and others
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -309,7 +312,7 @@ def prepare_outputs(images: list[Path], outputs: list[Path]) -> None:
     image, or another output because their images have one name."""
     used = Counter(map(os.path.abspath, [*images, *outputs]))
     if twice := [file for file, times in used.items() if times > 1]:
-        raise ValueError(f"{twice[0]} is where two pictures would go, or an image is: rename it, or name another --out")
+        raise ValueError(f"{twice[0]} would be written twice, or over an image: rename one, or name another --out")
     for folder in {file.parent for file in outputs}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -400,7 +403,7 @@ def main() -> None:
     if args.export and args.export.exists() and not args.overwrite:
         raise ValueError(f"{args.export} already exists: --overwrite replaces it")
     paths, (_, _, device) = find_images(args.paths), start_process(args.device)
-    names, colors = data.read_classes(args.classes) if args.classes else (None, None)
+    names, colors = data.read_classes(args.classes) if args.classes is not None else (None, None)
     same = ("clip", "dense", "short_side", "multi_scale", "backbone")
     predictor = Predictor(args.checkpoint, names, device=device, **{name: getattr(args, name) for name in same})
     if args.export:

@@ -294,7 +294,7 @@ def mean_losses(steps: list[tuple[int, dict[str, Tensor], list[str]]], first: Te
     totals, means = values[:, 0].nan_to_num(torch.inf, torch.inf, torch.inf), values.mean(0)  # (steps,), (losses,)
     if not totals.mean() < 1000 * first.clamp(min=1):
         iteration, losses, paths = steps[totals.argmax()]  # the first that is not finite
-        how = f"a lower --lr or --clip-grad may help; the batch's files are {' '.join(paths)}"
+        how = f"a lower --lr or --clip-grad, in another --out, may help; the batch's files are {' '.join(paths)}"
         raise ValueError(f"loss is {losses['total']} at iteration {iteration}; the checkpoints are unchanged; {how}")
     if dist.is_initialized():
         dist.all_reduce(means)
@@ -433,8 +433,8 @@ def choose_model(presets: dict, options: dict) -> tuple[str, dict, dict]:
     model, init, clip, pretrained = (options[name] for name in ("model", "init", "clip", "backbone_weights"))
     given = dict(pair.partition("=")[::2] for pair in options["set"])  # "gamma=1.0"; `resolve` checks types and ranges
     for name, text in given.items():
-        if name not in SETTABLE:
-            raise ValueError(f"--set {name}={text}: no setting named {name!r}; choose from {', '.join(SETTABLE)}")
+        if name not in SETTABLE or not text:
+            raise ValueError(f"--set {name}: expected NAME=VALUE, with a name of {', '.join(SETTABLE)}")
         with contextlib.suppress(ValueError):
             given[name] = json.loads(text)
     settings = {k: v for k, v in (given | {name: options[name] for name in OWN}).items() if v is not None}
@@ -456,15 +456,14 @@ def choose_model(presets: dict, options: dict) -> tuple[str, dict, dict]:
     used = asdict(denseclip.resolve(Settings(**kind), preset))
     settings = {k: v for k, v in theirs.items() if used.get(k) is not None} | settings
     backbone = settings.get("backbone")
-    if init and (clip or pretrained):
-        raise ValueError(f"--init {init} has all weights: leave out --clip and --backbone-weights")
+    if init and (clip or pretrained or "gamma" in given and theirs.get("gamma") is not None):
+        raise ValueError(f"--init {init} has all weights: leave out --clip, --backbone-weights and gamma")
+    plain = backbone and settings.get("prompting") == "none"  # has neither of CLIP's encoders
+    if plain and clip not in (None, "none"):
+        raise ValueError(f"--clip {clip} would have no effect: without prompting, --backbone has no part of CLIP")
     if not init:
-        clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture), None)
+        clip = clip or next((name for name, a in ARCHITECTURES.items() if a == preset.architecture and not plain), None)
         pretrained = pretrained or ("IMAGENET1K_V1" if backbone and ":" not in backbone else None)
-    if backbone and settings.get("prompting") == "none":  # which has neither of CLIP's encoders
-        if options["clip"] not in (None, "none"):
-            raise ValueError(f"--clip {clip} would have no effect: without prompting, --backbone has no part of CLIP")
-        clip = None
     weights = {"init": init, "clip": clip, "backbone_weights": pretrained}
     return name, settings, {option: None if value == "none" else value for option, value in weights.items()}
 

@@ -231,7 +231,7 @@ def test_backbone_of_ones_own_by_option(mynets, monkeypatch, tmp_path, capsys):
     model = load_checkpoint(path, backbone=sys.modules["mynets"].regnet())
     assert model.encoder.backbone.channels == [48, 120, 336, 888] and model.encoder.backbone.attnpool.heads == 12
     for name, message in (
-        ("mynets:resnet", "has no attribute 'resnet'; is mynets in this folder or on PYTHONPATH"),
+        ("mynets:resnet", "has no attribute 'resnet'; modules are looked for here and on PYTHONPATH"),
         ("nowhere:net", "No module named 'nowhere'; is nowhere in this folder"),
         ("mynets:regnet --backbone-weights file.pth", "file.pth would have no effect"),
     ):
@@ -331,7 +331,7 @@ def test_vit_is_torchvisions(tmp_path):
         ("def net():\n    raise KeyError('x')", "KeyError: 'x'"),
         ("def net():\n    return {}", "it returned a dict, expected a module"),
         ("net = 5", "TypeError: 'int' object is not callable"),
-        ("", "is badnets in this folder or on PYTHONPATH?"),
+        ("", "modules are looked for here and on PYTHONPATH"),
     ],
 )
 def test_backbone_code_that_fails_is_named(code, expected, tmp_path, monkeypatch):

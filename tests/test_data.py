@@ -446,7 +446,7 @@ def test_unpaired_files_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match=r"one.png: same name as one.jpg"):
         SegmentationDataset(images, masks, 2, keep)
     (tmp_path / "empty").mkdir()
-    for folder, what in (("empty", "no image files there"), ("nowhere", "no such folder")):
+    for folder, what in (("empty", "no images there"), ("nowhere", "no such folder")):
         with pytest.raises(FileNotFoundError, match=f"{folder}: {what}"):
             SegmentationDataset(tmp_path / folder, masks, 2, keep)
     with pytest.raises(ValueError, match="256 classes"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import error_line, run
 from PIL import Image
 
 import demo
@@ -25,6 +25,13 @@ def test_drawings_are_the_same_every_time(tmp_path):
     masks = [np.asarray(Image.open(path)) for path in (tmp_path / "a").rglob("drawing_*.png")]
     assert {0, len(demo.CLASSES)} <= set(np.unique(np.concatenate([mask.ravel() for mask in masks])))
     assert all(mask.max() <= len(demo.CLASSES) for mask in masks)
+
+
+def test_the_demo_keeps_a_run_that_is_not_its_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "best.pt").write_text("mine")
+    line = error_line(demo, capsys, monkeypatch, "--out", tmp_path)
+    assert "already holds a run that is not the demo's" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
 @pytest.mark.slow

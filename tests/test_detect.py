@@ -477,8 +477,8 @@ def test_wrong_paths_and_options_of_predict_are_named(retinanet, monkeypatch, ca
     for options, words in [
         ([tmp_path / "none.jpg", *end], ["none.jpg: no such image"]),
         ([tmp_path / "empty", *end], ["empty: no such image"]),
-        ([photos, other, *end], ["out/0.png is where two pictures would go"]),
-        ([photos, *end[:-1], photos], [f"{photos / '0.png'} is where two pictures would go, or an image is"]),
+        ([photos, other, *end], ["out/0.png would be written twice"]),
+        ([photos, *end[:-1], photos], [f"{photos / '0.png'} would be written twice, or over an image"]),
         ([photos, *end, "--threshold", 50], ["threshold is 50.0", "from 0 to 1"]),
         ([photos, *end[:-1], photos / "0.png"], ["0.png: not a folder that can be written"]),
         ([photos, *end, "--checkpoint", tmp_path / "none.pt"], ["none.pt"]),

@@ -118,7 +118,7 @@ NO_OPTIONS = ("init", "clip", "backbone_weights", "resume", *train.OWN)
 def test_options_of_another_type_are_refused():
     wrong = {"learn_gamma=0": "learn_gamma is 0, expected bool", "gamma=large": "gamma is 'large', expected float"}
     wrong |= {"gamma=true": "gamma is True, expected float", "num_contexts=2.5": "num_contexts is 2.5, expected int"}
-    for option, message in (wrong | {"contexts=4": "no setting named 'contexts'"}).items():
+    for option, message in (wrong | {"contexts=4": "--set contexts: expected NAME=VALUE, with a name of"}).items():
         with pytest.raises(ValueError, match=message):
             train.choose_model(train.PRESETS, {**dict.fromkeys(NO_OPTIONS), "model": "tiny", "set": [option]})
 

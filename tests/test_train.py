@@ -342,6 +342,7 @@ def test_init_starts_from_what_fits(folders, tmp_path, monkeypatch, capsys):
     assert torch.equal(positions, resize_positions(saved.encoder.backbone.attnpool.positional_embedding, (4, 4)))
 
     assert "leave out --clip" in refuse(tmp_path / "best.pt", "--clip", "none")
+    assert "and gamma" in refuse(tmp_path / "best.pt", "--set", "gamma=1")
     assert "it holds tiny" in refuse(tmp_path / "best.pt", "--model", "tiny_vit")
     save_checkpoint(tmp_path / "frozen.pt", saved.freeze_text())
     assert "freeze_text dropped its text encoder" in refuse(tmp_path / "frozen.pt")
