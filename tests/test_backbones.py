@@ -232,7 +232,7 @@ def test_backbone_of_ones_own_by_option(mynets, monkeypatch, tmp_path, capsys):
     assert model.encoder.backbone.channels == [48, 120, 336, 888] and model.encoder.backbone.attnpool.heads == 12
     for name, message in (
         ("mynets:resnet", "has no attribute 'resnet'; modules are looked for here and on PYTHONPATH"),
-        ("nowhere:net", "No module named 'nowhere'; is nowhere in this folder"),
+        ("nowhere:net", "No module named 'nowhere'; modules are looked for here"),
         ("mynets:regnet --backbone-weights file.pth", "file.pth would have no effect"),
     ):
         line = error_line(train, capsys, monkeypatch, *data, *options, "--out", "other", "--backbone", *name.split())
