@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s")
     out, names, (_, _, device) = parser.parse_args().out, list(CLASSES), start_process()
-    if (out / "best.pt").exists() and not (out / "data" / "classes.txt").exists():
+    if any(out.glob("*.pt")) and not (out / "data" / "classes.txt").exists():
         raise ValueError(f"{out} already holds a run that is not the demo's: name another --out")
     draw_dataset(out / "data")
     torch.manual_seed(RECIPE.seed)

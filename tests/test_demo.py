@@ -27,11 +27,12 @@ def test_drawings_are_the_same_every_time(tmp_path):
     assert all(mask.max() <= len(demo.CLASSES) for mask in masks)
 
 
-def test_the_demo_keeps_a_run_that_is_not_its_own(tmp_path, monkeypatch, capsys):
-    (tmp_path / "best.pt").write_text("mine")
+@pytest.mark.parametrize("file", ["best.pt", "last.pt"])
+def test_the_demo_keeps_a_run_that_is_not_its_own(file, tmp_path, monkeypatch, capsys):
+    (tmp_path / file).write_text("mine")
     line = error_line(demo, capsys, monkeypatch, "--out", tmp_path)
     assert "already holds a run that is not the demo's" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.slow
